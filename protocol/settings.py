@@ -1,0 +1,231 @@
+"""Every setting of a run, documented where it is defined. `protocol.recipe` reads, merges and reports them.
+
+One `Settings` describes the whole run, so that any process of it can be started from the same recipe.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Section(BaseModel):
+    """Base of all settings: unknown keys are errors, values do not change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunSettings(Section):
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    """Names the run in Redis keys, metrics and logs; several runs may share one server."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seeds prompt order, model initialisation, warm start and sampling."""
+    steps: PositiveInt = 200
+    """Optimizer updates after which the run is complete."""
+
+
+class ToySettings(Section):
+    """A small Qwen3 with a character tokenizer, built on the spot and warm-started by supervised training."""
+
+    hidden_size: PositiveInt = 96
+    """Width; must be a multiple of `num_heads`."""
+    num_layers: PositiveInt = 2
+    """Decoder layers."""
+    num_heads: PositiveInt = 4
+    """Attention heads; keys and values use half as many."""
+    num_experts: int = Field(default=0, ge=0)
+    """0 for a dense model, otherwise experts per layer of a mixture of experts (2 active per token)."""
+    tie_embeddings: bool = False
+    """Whether the output head shares the input embedding."""
+    warm_start_accuracy: float = Field(default=0.36, ge=0, lt=1)
+    """Supervised training stops when sampled answers reach this accuracy; 0 skips the warm start."""
+
+    @model_validator(mode="after")
+    def _shape(self) -> Self:
+        if self.hidden_size % self.num_heads or self.num_heads % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}, and num_heads even"
+            )
+        return self
+
+
+class ModelSettings(Section):
+    path: str | None = None
+    """Directory of a Hugging Face model with its tokenizer. Exactly one of `path` and `[model.toy]` is given."""
+    toy: ToySettings | None = None
+    """Build a small model instead of loading one."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of the weights that are published and served."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where learner and engine compute; auto takes CUDA where there is one."""
+    trust_remote_code: bool = False
+    """Whether Python code inside the model directory may run."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.toy is None):
+            raise ValueError("give exactly one of path = \"DIRECTORY\" and a [model.toy] table")
+        return self
+
+
+class TaskSettings(Section):
+    name: str = "arithmetic"
+    """`arithmetic`, or `package.module:Class` for a task of your own."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the task."""
+    group_size: int = Field(default=8, ge=2, le=4096)
+    """Completions per prompt; advantages compare them with each other, so 1 would teach nothing."""
+    max_prompt_tokens: PositiveInt = 1024
+    """A longer prompt is an error, found when the ticket is taken."""
+    max_completion_tokens: PositiveInt = 1024
+    """Sampling stops here, with finish reason "length"."""
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    """Sampling temperature; the learner divides its logits by the same number."""
+    top_p: float = 1.0
+    """Must be 1: nucleus sampling renormalises behaviour log-probs, which biases every importance weight."""
+    top_k: int = 0
+    """Must be 0 (off), for the same reason."""
+
+    @model_validator(mode="after")
+    def _full_support(self) -> Self:
+        if self.top_p != 1.0 or self.top_k != 0:
+            raise ValueError(
+                f"top_p = {self.top_p} and top_k = {self.top_k} truncate the sampling distribution: its log-probs are "
+                "renormalised over fewer tokens than the learner's, so every importance weight would be biased below "
+                "1; leave top_p = 1 and top_k = 0"
+            )
+        return self
+
+
+class ObjectiveSettings(Section):
+    name: Literal["vespo"] = "vespo"
+    """The policy objective."""
+    k_pos: float = Field(default=2.0, ge=1, le=100)
+    """Kernel exponent k for advantages ≥ 0; below 1 the second moment of the weights is unbounded."""
+    lambda_pos: float = Field(default=3.0, gt=0, le=100)
+    """Kernel rate λ for advantages ≥ 0."""
+    k_neg: float = Field(default=3.0, ge=1, le=100)
+    """Kernel exponent k for advantages < 0."""
+    lambda_neg: float = Field(default=2.0, gt=0, le=100)
+    """Kernel rate λ for advantages < 0."""
+    normalise_std: bool = False
+    """Divide advantages by their group's standard deviation (the authors' scripts) or not (the paper's text)."""
+
+
+class LearnerSettings(Section):
+    groups_per_step: PositiveInt = 32
+    """Groups in one optimizer update."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Adam's learning rate, constant."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decays."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute precision; bfloat16 keeps float32 master weights in the optimizer."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Padded tokens in one forward and backward pass; bounds memory, does not change the update."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    checkpoint_every_steps: PositiveInt = 20
+    """Steps between checkpoints; groups are committed with the checkpoint that holds their effect."""
+    checkpoints_kept: PositiveInt = 2
+    """Complete checkpoints kept on disk."""
+    starvation_seconds: float = Field(default=60.0, gt=0)
+    """Waiting longer than this for groups while no actor is alive ends the run with an error."""
+    cpu_threads: PositiveInt = 1
+    """Threads of the learner's CPU kernels."""
+
+
+class ActorSettings(Section):
+    count: int = Field(default=1, ge=0)
+    """Actors that `vespo run` starts and keeps alive; more may join by `vespo actor` at any time."""
+    concurrency: PositiveInt = 256
+    """Completions in generation at once in one engine."""
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Key-value cache of a CPU engine; on GPUs `gpu_memory_utilization` decides."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that the engine may use."""
+    max_restarts: int = Field(default=5, ge=0)
+    """Deaths of one actor, without a group delivered in between, after which the run stops."""
+    cpu_threads: PositiveInt = 1
+    """Threads of a CPU engine."""
+
+
+class BufferSettings(Section):
+    url: str | None = None
+    """Redis URL (`redis://`, `rediss://`, `unix://`); without it the run starts its own server in its directory."""
+    max_lag: int = Field(default=4, ge=0)
+    """How many versions generation may run ahead of training; 0 is synchronous training."""
+    hard_max_lag: int | None = Field(default=None, ge=0)
+    """A group older than this when the learner takes it is dropped and its ticket re-issued; default `max_lag`."""
+    lease_seconds: float = Field(default=30.0, ge=1)
+    """A ticket whose actor has not renewed it for this long is issued again."""
+    max_attempts: PositiveInt = 5
+    """Failures of one ticket after which it is dead."""
+    max_bytes: PositiveInt = 4 << 30
+    """Bytes of groups waiting in the buffer above which actors wait before submitting."""
+    reconnect_seconds: float = Field(default=60.0, gt=0)
+    """How long a client tries to reach a server that went away before it fails."""
+
+    @model_validator(mode="after")
+    def _gate(self) -> Self:
+        if self.hard_max_lag is not None and self.hard_max_lag < self.max_lag:
+            raise ValueError(
+                f"hard_max_lag = {self.hard_max_lag} is below max_lag = {self.max_lag}: work that was admitted would "
+                "be dropped on arrival"
+            )
+        return self
+
+    @property
+    def lag_gate(self) -> int:
+        """Largest lag with which a group is trained."""
+        return self.max_lag if self.hard_max_lag is None else self.hard_max_lag
+
+
+class WeightSettings(Section):
+    store: str | None = None
+    """fsspec URL of the weight store (`file:///...`, `s3://...`); default a folder in the run directory."""
+    updates_per_publish: PositiveInt = 1
+    """Optimizer updates that make a policy version."""
+    versions_kept: int = Field(default=4, ge=2)
+    """Payloads kept in the store, the newest ones."""
+    parity_tolerance: float | None = Field(default=None, gt=0)
+    """Largest log-prob difference to the learner with which an actor may serve; default 1e-4 float32, 0.5 bfloat16."""
+
+
+class MetricsSettings(Section):
+    learner_port: Port | None = None
+    """Port of the learner's Prometheus endpoint on 127.0.0.1; none without it."""
+    actor_port: Port | None = None
+    """Port of the first actor's Prometheus endpoint on 127.0.0.1, the next actor takes the next; none without it."""
+
+
+class Settings(Section):
+    """A whole recipe."""
+
+    run: RunSettings = RunSettings()
+    model: ModelSettings
+    task: TaskSettings = TaskSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    learner: LearnerSettings = LearnerSettings()
+    actors: ActorSettings = ActorSettings()
+    buffer: BufferSettings = BufferSettings()
+    weights: WeightSettings = WeightSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+    @property
+    def groups_per_version(self) -> int:
+        """Groups that the learner consumes between two publications."""
+        return self.learner.groups_per_step * self.weights.updates_per_publish
+
+    @property
+    def parity_tolerance(self) -> float:
+        """Largest log-prob difference with which an actor may serve, by dtype where the recipe does not say."""
+        return self.weights.parity_tolerance or {"float32": 1e-4, "bfloat16": 0.5}[self.model.dtype]
