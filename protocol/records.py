@@ -4,7 +4,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class StepRecord(BaseModel):
-    """One optimizer update, as the learner saw it. Durations in seconds; log W is a sequence's log importance weight."""
+    """One optimizer update, as the learner saw it. Durations in seconds; log W is the log importance weight."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -66,7 +66,7 @@ class ModelSettings(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.toy is None):
-            raise ValueError("give exactly one of path = \"DIRECTORY\" and a [model.toy] table")
+            raise ValueError('give exactly one of path = "DIRECTORY" and a [model.toy] table')
         return self
 
 

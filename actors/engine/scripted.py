@@ -1,7 +1,7 @@
 """An engine without a model: samples from a script, for everything that is tested or measured around a real one.
 
-It satisfies the contract of `actors.engine.base.Engine`, version spans and in-flight updates included: each step adds one
-token to every running sample, whatever version is loaded then.
+It satisfies the contract of `actors.engine.base.Engine`, version spans and in-flight updates included: each step adds
+one token to every running sample, whatever version is loaded then.
 """
 
 from collections.abc import Callable, Sequence

@@ -49,14 +49,14 @@ def load_task(name: str, options: Mapping[str, Any]) -> Task:
     """
     module_name, _, class_name = BUILT_IN.get(name, name).partition(":")
     if not class_name:
-        raise SettingsError(f"task.name = {name!r} is neither one of {sorted(BUILT_IN)} nor \"package.module:Class\"")
+        raise SettingsError(f'task.name = {name!r} is neither one of {sorted(BUILT_IN)} nor "package.module:Class"')
     try:
         factory = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise SettingsError(f"task.name = {name!r} cannot be imported: {error}") from error
     try:
         inspect.signature(factory).bind(**options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise SettingsError(f"[task.options] do not fit {name}: {error}") from error
     task = factory(**options)
     if not isinstance(task, Task) or task.num_prompts < 1:

@@ -1,4 +1,4 @@
-"""Fetches the newest policy version ahead of time, on a thread of its own, so that an update pauses generation only to apply it.
+"""Fetches the newest policy version on a thread of its own, so that an update pauses generation only to apply it.
 
 Newest wins: a version that was overtaken before or while it was fetched is never loaded. A store that fails is asked
 again with backoff while the actor goes on with what it serves.
