@@ -17,7 +17,7 @@ from buffer.run import Buffer
 from protocol.errors import CodecError, VespoError
 from protocol.trajectory import Group, Ticket
 
-WAIT_SECONDS = 5.0
+WAIT_SECONDS = 0.5  # bounds how long a link takes to end
 FEED_WAIT_SECONDS = 1.0
 HEARTBEAT_SECONDS = 2.0
 SUBMIT_TIMEOUT_SECONDS = 600.0
@@ -69,22 +69,25 @@ class Links:
         self._may_take = False
         self._outbox: queue.Queue[Group | None] = queue.Queue()
         self._groups_submitted = 0
-        loops = (self._listen, self._feed, self._submit, self._keep)
-        self._threads = [threading.Thread(target=self._guard, args=(f,), name=f.__name__, daemon=True) for f in loops]
+        loops = (self._submit, self._listen, self._feed, self._keep)
+        self._submitter, *self._others = [threading.Thread(target=self._guard, args=(f,), name=f.__name__, daemon=True) for f in loops]
 
     def start(self) -> None:
         """Start all threads."""
-        for thread in self._threads:
+        for thread in (self._submitter, *self._others):
             thread.start()
 
     def close(self, timeout_seconds: float) -> None:
         """Deliver what is in the outbox, give every other ticket back, and end the threads."""
         self._outbox.put(None)
-        self._threads[2].join(timeout_seconds)
+        self._submitter.join(timeout_seconds)
         self._stopped.set()
         with self._changed:
             self._wake()
+        for thread in self._others:
+            thread.join(2 * WAIT_SECONDS)
         self.give_back(self.held())
+        self._buffer.actors.heartbeat(self._name, self._status())  # so that the totals are complete
         self._buffer.actors.leave(self._name)
 
     @property
@@ -140,13 +143,13 @@ class Links:
     def _listen(self) -> None:
         state = ""
         while not self._stopped.is_set():
-            issued = self._buffer.tickets.issue(-1, 0, self._lease_seconds)
+            cursor = self._buffer.events.cursor()
             if (now := self._buffer.control.state()) != state:
                 state = now
                 self.inbox.put(RunState(state))
             with self._changed:
                 self._wake()
-            self._buffer.tickets.wait(issued.cursor, WAIT_SECONDS)
+            self._buffer.events.wait(cursor, WAIT_SECONDS)
 
     def _feed(self) -> None:
         while not self._stopped.is_set():

@@ -14,7 +14,7 @@ from buffer.store import RawTensor, WeightStore
 from protocol.errors import BufferUnavailableError, VespoError, WeightStoreError
 from protocol.manifest import Manifest
 
-WAIT_SECONDS = 5.0
+WAIT_SECONDS = 0.5  # bounds how long stopping takes
 FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 10.0
 
@@ -52,8 +52,9 @@ class WeightFollower:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask the thread to end; it does within one wait."""
+        """End the thread."""
         self._stopped.set()
+        self._thread.join(2 * WAIT_SECONDS)
 
     def _run(self) -> None:
         fetched, backoff = -1, FIRST_BACKOFF_SECONDS

@@ -30,10 +30,10 @@ def build(tied: bool, experts: int, dtype: str) -> torch.nn.Module:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": 32,
         "tie_word_embeddings": tied,
         "bos_token_id": None,
-        "eos_token_id": 1,
+        "eos_token_id": None,
         "pad_token_id": 0,
     }
     if experts:
@@ -107,8 +107,8 @@ def main() -> None:
             }
         )
         model = build(tied, experts, dtype).eval()
+        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(root / "skeleton")
-        (root / "skeleton/generation_config.json").write_text(json.dumps({"eos_token_id": []}))
         store = WeightStore(str(root / "store"))
         probe_tokens = torch.randint(2, 40, (3, 20), generator=torch.Generator().manual_seed(1))
         manifests = []
