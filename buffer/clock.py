@@ -1,0 +1,68 @@
+"""The policy clock: which version is newest, what it consists of, and waiting for the next one."""
+
+import time
+
+import redis
+
+from buffer.connection import command
+from buffer.events import Events
+from buffer.keys import Keys
+from buffer.scripts import Scripts
+from protocol.clock import ClockState
+from protocol.manifest import Manifest
+
+MANIFESTS_KEPT = 16
+_FIELDS = ("version", "step", "epoch", "groups_per_version", "max_lag", "base", "base_version")
+
+
+class PolicyClock:
+    """The run's clock. Only the learner's current epoch moves it; everybody reads."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, scripts: Scripts, events: Events) -> None:
+        self._client = client
+        self._keys = keys
+        self._scripts = scripts
+        self._events = events
+
+    def read(self) -> ClockState | None:
+        """One atomic reading, or None if no learner has begun this run. Version -1: nothing is published yet."""
+        values = command(self._client, "HMGET", self._keys.clock, *_FIELDS)
+        if values[0] is None:
+            return None
+        return ClockState(**{name: int(value) for name, value in zip(_FIELDS, values, strict=True)})
+
+    def publish(self, manifest: Manifest) -> None:
+        """Make a version the newest one; its payload must be in the weight store. Safe to repeat.
+
+        Raises:
+            ValueError: the version is not above the published one.
+            FencedError: `manifest.epoch` is not the current learner epoch.
+        """
+        self._scripts.run(
+            "publish", manifest.epoch, manifest.version, manifest.step, manifest.model_dump_json(), MANIFESTS_KEPT
+        )
+
+    def latest_manifest(self) -> Manifest | None:
+        """Manifest of the newest version, or None if there is none."""
+        version = command(self._client, "HGET", self._keys.weights, "latest")
+        return None if version is None else self.manifest(int(version))
+
+    def manifest(self, version: int) -> Manifest | None:
+        """Manifest of `version`, or None if it is unknown or no longer kept.
+
+        Raises:
+            CodecError: what is stored is no manifest.
+        """
+        data = command(self._client, "HGET", self._keys.weights, str(version))
+        return None if data is None else Manifest.parse(data)
+
+    def wait_for_version(self, newer_than: int, timeout_seconds: float) -> Manifest | None:
+        """Block until a version above `newer_than` is published; the newest one's manifest, or None at the timeout."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            cursor = self._events.cursor()
+            manifest = self.latest_manifest()
+            if manifest is not None and manifest.version > newer_than:
+                return manifest
+            if not self._events.wait(cursor, deadline - time.monotonic()):
+                return None

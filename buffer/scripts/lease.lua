@@ -1,0 +1,31 @@
+#!lua flags=allow-oom
+-- Give the learner groups. Repeating a call repeats its reply: what was delivered after `after` comes first.
+-- ARGV: epoch, last entry id the learner has seen ("0-0" for none), most groups
+-- Returns {events cursor, id, ticket, id, ticket, ...}. Errors: FENCED.
+local group = fence(ARGV[1])
+local function read(from)
+    local reply = redis.call('XREADGROUP', 'GROUP', group, 'learner', 'COUNT', ARGV[3], 'STREAMS', GROUPS, from)
+    return reply and reply[1][2] or {}
+end
+
+local entries = read(ARGV[2])
+if #entries == 0 then
+    entries = read('>')
+    local bytes = 0
+    for _, entry in ipairs(entries) do bytes = bytes + tonumber(entry[2][4]) end
+    if #entries > 0 then
+        count('buffered', -#entries)
+        count('leased', #entries)
+        count('buffered_bytes', -bytes)
+        count('leased_bytes', bytes)
+        if redis.call('HDEL', TICKETS, 'full') == 1 then notify('room', #entries) end
+    end
+end
+local reply = {cursor()}
+for _, entry in ipairs(entries) do
+    if entry[2] then -- an entry deleted behind our back is pending without fields; the ledger reports it
+        reply[#reply + 1] = entry[1]
+        reply[#reply + 1] = entry[2][2]
+    end
+end
+return reply

@@ -1,0 +1,12 @@
+#!lua flags=allow-oom
+-- Groups that are not worth training on. ARGV: epoch, id...   Returns how many. Errors: FENCED.
+local group = fence(ARGV[1])
+local num_filtered = 0
+for position = 2, #ARGV do
+    if take(group, ARGV[position]) then num_filtered = num_filtered + 1 end
+end
+if num_filtered > 0 then
+    count('filtered', num_filtered)
+    notify('filtered', num_filtered)
+end
+return num_filtered
