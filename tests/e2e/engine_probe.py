@@ -1,4 +1,4 @@
-"""Program of `test_vllm_updates.py`: one vLLM engine, several versions of one model in place, compared with transformers.
+"""Program of `test_vllm_updates.py`: versions of a model loaded in place into one vLLM, compared with transformers.
 
 Prints one JSON object. It is a process of its own because an engine binds its process.
 """
@@ -52,7 +52,9 @@ def perturb(model: torch.nn.Module, seed: int) -> None:
             parameter += 0.05 * torch.randn_like(parameter)
 
 
-def published(model: torch.nn.Module, version: int, store: WeightStore, probe_tokens: torch.Tensor, dtype: str) -> Manifest:
+def published(
+    model: torch.nn.Module, version: int, store: WeightStore, probe_tokens: torch.Tensor, dtype: str
+) -> Manifest:
     from safetensors import safe_open
 
     with torch.no_grad():

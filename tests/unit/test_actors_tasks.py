@@ -24,7 +24,7 @@ def test_arithmetic_covers_every_pair_once() -> None:
     task = Arithmetic(max_operand=3)
     prompts = [task.prompt(i) for i in range(task.num_prompts)]
     assert len(set(prompts)) == 16
-    assert all(task.score(i, str(eval(p[:-1]))) == 1.0 for i, p in enumerate(prompts))  # noqa: S307
+    assert all(task.score(i, str(eval(p[:-1]))) == 1.0 for i, p in enumerate(prompts))
     assert task.score(0, "1") == 0.0
 
 
