@@ -97,6 +97,8 @@ def resolve(recipe_path: Path | str, overrides: Sequence[str], environ: Mapping[
 
 def redact(name: str, value: Any) -> Any:
     """`value` of the setting `name` without passwords: those inside URLs, and values of keys named like a secret."""
+    if isinstance(value, list | tuple):
+        return [redact(name, item) for item in value]
     if isinstance(value, str):
         if _SECRET_NAME.search(name):
             return REDACTED

@@ -46,7 +46,9 @@ def find_field(path: KeyPath) -> FieldInfo | None:
 def takes_text(path: KeyPath) -> bool:
     """Whether any text is a valid value of the key."""
     field = _fields().get(path)
-    return field is not None and str in (field.annotation, *get_args(field.annotation))
+    if field is None or get_origin(field.annotation) is dict:
+        return False
+    return str in (field.annotation, *get_args(field.annotation))
 
 
 def is_section(path: KeyPath) -> bool:

@@ -142,6 +142,14 @@ class LearnerSettings(Section):
     cpu_threads: PositiveInt = 1
     """Threads of the learner's CPU kernels."""
 
+    @model_validator(mode="after")
+    def _precise_gradients(self) -> Self:
+        if self.zero_stage == 0 and self.precision == "bfloat16":
+            raise ValueError(
+                'zero_stage = 0 would accumulate gradients in bfloat16; take zero_stage = 1, or precision = "float32"'
+            )
+        return self
+
 
 class ActorSettings(Section):
     count: int = Field(default=1, ge=0)

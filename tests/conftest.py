@@ -16,6 +16,8 @@ from buffer.run import Buffer
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real server that lives as long as the test session."""
     server = EmbeddedServer.start(tmp_path_factory.mktemp("redis"))
+    with redis.Redis.from_url(server.url) as client:
+        client.config_set("appendfsync", "always")  # an epoch waits for the disk; tests begin hundreds
     yield server.url
     server.stop()
 

@@ -1,0 +1,44 @@
+"""Body of a Ray worker process: one role, with its output in a log file of its own.
+
+Errors leave as an `Outcome`, never as a pickled exception: the driver may not have the module an exception came from.
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from deploy.roles import Outcome, prepare_process, run_actor_role, run_learner_role
+from deploy.rundir import RunDirectory
+from protocol.settings import Settings
+
+
+class Worker:
+    """A process that plays one role once."""
+
+    def __init__(self, log_file: str) -> None:
+        """Send everything this process and its libraries print to `log_file`, descriptors included."""
+        stream = Path(log_file).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115  # lives as long as the process
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        sys.stdout = sys.stderr = stream
+
+    def pid(self) -> int:
+        """Process id."""
+        return os.getpid()
+
+    def play(self, role: str, name: str, settings_json: str, run_dir: str) -> dict[str, str]:
+        """Play "learner" or "actor" to its end; returns the fields of an `Outcome`."""
+        try:
+            settings = Settings.model_validate_json(settings_json)
+            prepare_process(settings)
+            directory = RunDirectory(Path(run_dir))
+            if role == "learner":
+                run_learner_role(settings, directory)
+            else:
+                run_actor_role(settings, name, directory)
+        except Exception as error:
+            outcome = Outcome.of(error)
+            print(outcome.details or f"{outcome.error}: {outcome.message}", file=sys.stderr)
+            return asdict(outcome)
+        return asdict(Outcome())

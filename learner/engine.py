@@ -1,0 +1,242 @@
+"""DeepSpeed behind four verbs: update the policy, snapshot its weights, probe its log-probs, save and load its state.
+
+The gradient is that of the loss over the step's global batch: each micro-batch is divided by the token count of the
+whole step, DeepSpeed neither divides by accumulation steps nor decides where a step ends. One process needs no
+launcher; RANK and WORLD_SIZE of one are used when they are set. Offload and schedules are left out.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from learner.batch import MicroBatch, StepBatch
+from learner.logprobs import Policy, scatter_rows
+from learner.objectives import ObjectiveResult, compute_objective
+from learner.sharding import initialize, join_process_group, wraps_optimizer
+from learner.weights import checkpoint_tensors
+from protocol.errors import CheckpointError, NonFiniteError
+from protocol.manifest import Probe
+from protocol.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TAG = "state"  # DeepSpeed's name for the one state in a checkpoint's directory
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """One optimizer update. Arrays are `[S]` float64 in the order of the step's sequences; `S` sequences.
+
+    Attributes:
+        loss: over the global batch.
+        grad_norm: before clipping; 0 when the step was skipped.
+        skipped: a gradient was not finite, nothing changed.
+        log_w: log importance weight of each sequence.
+        weights: the objective's coefficient of each sequence.
+        silenced: 1 where the sequence was left out because a log-prob was not finite.
+        entropy, behaviour_kl: sums over each sequence's sampled tokens of the policy's entropy and of behaviour
+            minus policy log-prob.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    log_w: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    silenced: NDArray[np.float64]
+    entropy: NDArray[np.float64]
+    behaviour_kl: NDArray[np.float64]
+
+
+class Engine:
+    """The policy under training, sharded as the recipe says.
+
+    Attributes:
+        device: where this rank computes.
+        vocab_size: rows of the input embedding; larger token ids cannot be read.
+        layout: names what a saved state depends on: parameters, precision, sharding.
+    """
+
+    def __init__(self, settings: Settings, model_dir: Path) -> None:
+        """Load the model of `model_dir` and hand it to DeepSpeed.
+
+        Raises:
+            ValueError: the device is not there, or the model's head is one the learner does not compute.
+        """
+        self._settings = settings
+        self.device = join_process_group(settings.model.device)
+        torch.set_num_threads(settings.learner.cpu_threads)
+        torch.manual_seed(settings.run.seed)
+        transformers_logging.disable_progress_bar()
+        dtype = DTYPES[settings.learner.precision]
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=settings.model.trust_remote_code,
+            local_files_only=True,
+        )
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        if settings.learner.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._policy = Policy(model)
+        self._world_size = torch.distributed.get_world_size()
+        self._rank = torch.distributed.get_rank()
+        self._stage = settings.learner.zero_stage
+        self._clips_itself = not wraps_optimizer(settings.learner)
+        self.layout = self._describe(type(model).__name__)
+        self._skipped_in_a_row = 0
+        self._deepspeed = initialize(self._policy, settings.learner, self.device)
+
+    def _describe(self, model: str) -> str:
+        shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in self._policy.named_parameters()]
+        digest = xxhash.xxh3_64_hexdigest("\n".join(shapes).encode())
+        precision = self._settings.learner.precision
+        return f"{model} with parameters {digest}, {precision}, ZeRO stage {self._stage}, {self._world_size} ranks"
+
+    def update(self, batch: StepBatch) -> UpdateResult:
+        """Accumulate the gradient of every micro-batch and take one optimizer step.
+
+        Every rank is given the whole batch and computes its share of the micro-batches.
+
+        Raises:
+            NonFiniteError: gradients were not finite in three steps in a row.
+        """
+        table = torch.zeros((5, len(batch.completions)), dtype=torch.float64, device=self.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for micro in self._share(batch.quiet, batch.spare):
+                self._forward(micro, batch.num_tokens, table)
+        share = self._share(batch.micro_batches, batch.spare) or [batch.spare.to(self.device)]
+        for number, micro in enumerate(share, 1):
+            self._deepspeed.set_gradient_accumulation_boundary(number == len(share))
+            part = self._forward(micro, batch.num_tokens, table)
+            # DeepSpeed averages gradients over ranks; the normaliser already counts the tokens of all of them.
+            self._deepspeed.backward(part * self._world_size, scale_wrt_gas=False)
+            loss += part.detach()
+        if self._world_size > 1:
+            torch.distributed.all_reduce(table)
+            torch.distributed.all_reduce(loss)
+        grad_norm = self._step()
+        skipped = not math.isfinite(grad_norm)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"gradients were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the weights are unchanged since. "
+                "Lower learner.learning_rate or learner.max_grad_norm and resume from the last checkpoint"
+            )
+        return UpdateResult(float(loss), 0.0 if skipped else grad_norm, skipped, *table.cpu().numpy())
+
+    def _share(self, micro_batches: Sequence[MicroBatch], spare: MicroBatch) -> list[MicroBatch]:
+        """This rank's micro-batches; all ranks get the same number, for their collectives go in lock-step."""
+        num_rounds = math.ceil(len(micro_batches) / self._world_size)
+        mine = list(micro_batches[self._rank :: self._world_size])
+        return [micro.to(self.device) for micro in mine + [spare] * (num_rounds - len(mine))]
+
+    def _forward(self, micro: MicroBatch, num_tokens: int, table: Tensor) -> Tensor:
+        """A micro-batch's part of the loss; fills its columns of `table` `[5, S]`."""
+        chosen, entropies = self._deepspeed(
+            micro.tokens, micro.positions, micro.targets, self._settings.task.temperature
+        )
+        logprobs = scatter_rows(chosen, micro.mask)
+        objective = self._settings.objective
+        result = compute_objective(
+            objective.name,
+            logprobs,
+            micro.behaviour_logprobs,
+            micro.advantages,
+            micro.mask,
+            normaliser=max(num_tokens, 1),
+            k_pos=objective.k_pos,
+            lambda_pos=objective.lambda_pos,
+            k_neg=objective.k_neg,
+            lambda_neg=objective.lambda_neg,
+        )
+        if len(micro.rows):
+            table[:, micro.rows] = _per_sequence(result, micro, logprobs.detach(), entropies).double()
+        return result.loss
+
+    def _step(self) -> float:
+        """Optimizer step; returns the global gradient norm before clipping, not finite when the step was skipped."""
+        if not self._clips_itself:
+            self._deepspeed.step()
+            return float(self._deepspeed.get_global_grad_norm())
+        parameters = list(self._policy.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._settings.learner.max_grad_norm)
+        if not bool(norm.isfinite()):
+            self._deepspeed.zero_grad()
+            return math.inf
+        self._deepspeed.step()
+        return float(norm)
+
+    def probe(self, sequences: Sequence[Sequence[int]]) -> Probe:
+        """Log-probs at temperature 1 of every token after the first, for actors to measure their parity against."""
+        longest = max(len(s) for s in sequences)
+        tokens = torch.zeros((len(sequences), longest), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence)] = torch.tensor(sequence)
+        mask = torch.arange(longest)[None] < torch.tensor([len(s) - 1 for s in sequences])[:, None]
+        positions = mask.flatten().nonzero()[:, 0]
+        targets = tokens.roll(-1, 1)[mask]
+        with torch.no_grad(), self._evaluating():
+            values, _ = self._deepspeed(tokens.to(self.device), positions.to(self.device), targets.to(self.device), 1.0)
+        rows = values.cpu().split([len(s) - 1 for s in sequences])
+        return Probe(tokens=tuple(map(tuple, sequences)), logprobs=tuple(tuple(row.tolist()) for row in rows))
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self._deepspeed.eval()
+        try:
+            yield
+        finally:
+            self._deepspeed.train()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of all weights on the CPU, under the names of a Hugging Face checkpoint, in the published dtype."""
+        return checkpoint_tensors(self._policy.model, DTYPES[self._settings.model.dtype], gather=self._stage == 3)
+
+    def save(self, directory: Path) -> None:
+        """Write model, optimizer and random state into the existing `directory`."""
+        state = {"torch_random": torch.get_rng_state()}
+        self._deepspeed.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote; the optimizer's settings remain the recipe's.
+
+        Raises:
+            CheckpointError: DeepSpeed finds no state there.
+        """
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._parameter_groups]
+        path, state = self._deepspeed.load_checkpoint(str(directory), tag=TAG)
+        if path is None:
+            raise CheckpointError(f"{directory} holds no DeepSpeed state")
+        torch.set_rng_state(state["torch_random"])
+        for group, values in zip(self._parameter_groups, settings, strict=True):
+            group.update(values)
+
+    @property
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._deepspeed.optimizer.param_groups
+        return groups
+
+
+def _per_sequence(result: ObjectiveResult, micro: MicroBatch, logprobs: Tensor, entropies: Tensor) -> Tensor:
+    """`[5, B]`: log W, weight, silenced, entropy and behaviour KL of each row, the last two summed over its tokens."""
+    entropy = scatter_rows(entropies, micro.mask).sum(1)
+    behaviour_kl = (micro.behaviour_logprobs - logprobs).sum(1)
+    sums = torch.stack([entropy, behaviour_kl]).masked_fill(result.silenced, 0)
+    return torch.cat([torch.stack([result.sequence_log_ratio, result.weights, result.silenced]), sums])

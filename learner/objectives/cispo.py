@@ -1,0 +1,23 @@
+"""CISPO: REINFORCE on every token, weighted by its clipped ratio without gradient.
+
+Source: arXiv 2506.13585; numerics of verl's `cispo` loss. Defaults: upper bound 5 and no lower bound, the setting of
+the ScaleRL study (arXiv 2510.13786) and of TRL.
+"""
+
+from learner.objectives.base import Terms, TokenLoss, sequence_sum
+
+
+def cispo(terms: Terms, *, ratio_min: float | None = None, ratio_max: float = 5.0) -> TokenLoss:
+    """The ratio is clamped to `[ratio_min, ratio_max]`; None means no lower bound.
+
+    Raises:
+        ValueError: bounds that are negative or cross.
+    """
+    if ratio_max <= 0 or (ratio_min is not None and not 0 <= ratio_min <= ratio_max):
+        raise ValueError(f"ratio_min {ratio_min} and ratio_max {ratio_max} must be 0 <= min <= max > 0")
+    coefficient = terms.ratio().detach().clamp(ratio_min, ratio_max)
+    return TokenLoss(
+        -coefficient * terms.advantages * terms.logprobs,
+        terms.row_mean(coefficient),
+        sequence_sum(terms, terms.log_ratio),
+    )

@@ -1,0 +1,113 @@
+"""Names of all Prometheus metrics, defined once: what the learner exports, and what an actor exports.
+
+A caller hands in its own registry, so that several learners or actors may live in one process (tests do). Every metric
+carries the run's name as label `run`; units are Prometheus base units.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from protocol.records import StepRecord
+
+LAG_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class _Metrics:
+    """Makes metrics of one process and one run."""
+
+    def __init__(self, registry: CollectorRegistry, run: str, prefix: str) -> None:
+        self._registry = registry
+        self._run = run
+        self._prefix = prefix
+
+    def _gauge(self, name: str, meaning: str) -> Gauge:
+        return Gauge(f"{self._prefix}_{name}", meaning, ["run"], registry=self._registry).labels(self._run)
+
+    def _counter(self, name: str, meaning: str) -> Counter:
+        return Counter(f"{self._prefix}_{name}", meaning, ["run"], registry=self._registry).labels(self._run)
+
+    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(f"{self._prefix}_{name}", meaning, ["run"], registry=self._registry, buckets=buckets)
+        return histogram.labels(self._run)
+
+
+class LearnerMetrics(_Metrics):
+    """What the learner exports; all but `version` and the publisher's are set by `observe`."""
+
+    def __init__(self, registry: CollectorRegistry, run: str) -> None:
+        super().__init__(registry, run, "vespo_learner")
+        self.version = self._gauge("version", "Policy version the learner snapshotted last")
+        self.step = self._gauge("step", "Optimizer updates done")
+        self.epoch = self._gauge("epoch", "Learner incarnation")
+        self.reward = self._gauge("reward", "Mean reward of the newest step")
+        self.loss = self._gauge("loss", "Loss of the newest step")
+        self.grad_norm = self._gauge("grad_norm", "Global gradient norm before clipping")
+        self.entropy = self._gauge("entropy_nats", "Mean entropy per sampled token")
+        self.behaviour_kl = self._gauge("behaviour_kl_nats", "Mean behaviour minus policy log-prob per sampled token")
+        self.ess = self._gauge("ess_ratio", "Effective sample size of the importance weights, as a share")
+        self.kernel_mass = self._gauge("kernel_mass_ratio", "Advantage mass that the kernel lets through")
+        self.starved = self._gauge("starved_positives_ratio", "Good sequences that get practically no gradient")
+        self.zero_variance = self._gauge("zero_variance_groups_ratio", "Groups whose rewards are all equal")
+        self.padding = self._gauge("padding_ratio", "Positions of the micro-batches that hold no token")
+        self.buffered = self._gauge("buffered_groups", "Groups that wait for the learner")
+        self.lag = self._histogram("lag_versions", "Lag of each sequence trained on", LAG_BUCKETS)
+        self.step_seconds = self._histogram("step_seconds", "Time from one step to the next", SECONDS_BUCKETS)
+        self.publish_seconds = self._gauge("publish_seconds", "Time the newest publication took in the background")
+        self.superseded = self._gauge("superseded_versions", "Versions a newer one replaced before publication")
+        self.wait = self._counter("wait_seconds_total", "Time the optimizer waited for groups")
+        self.train = self._counter("train_seconds_total", "Time in forward, backward and optimizer")
+        self.groups = self._counter("groups_total", "Groups trained on")
+        self.sequences = self._counter("sequences_total", "Sequences trained on")
+        self.tokens = self._counter("tokens_total", "Response tokens trained on")
+        self.skipped = self._counter("skipped_steps_total", "Steps skipped because of a non-finite gradient")
+        self.silenced = self._counter("silenced_sequences_total", "Sequences left out for a non-finite log-prob")
+        self.stale = self._counter("stale_groups_total", "Groups dropped as too old, their tickets issued again")
+
+    def observe(self, record: StepRecord) -> None:
+        """Export one step."""
+        for gauge, value in (
+            (self.step, record.step),
+            (self.epoch, record.epoch),
+            (self.reward, record.reward_mean),
+            (self.loss, record.loss),
+            (self.grad_norm, record.grad_norm),
+            (self.entropy, record.entropy),
+            (self.behaviour_kl, record.behaviour_kl),
+            (self.ess, record.ess_w),
+            (self.kernel_mass, record.kernel_mass),
+            (self.starved, record.starved_positive_share),
+            (self.zero_variance, record.zero_variance_share),
+            (self.padding, record.padding_share),
+            (self.buffered, record.buffered_groups),
+        ):
+            gauge.set(value)
+        for counter, amount in (
+            (self.wait, record.wait_seconds),
+            (self.train, record.train_seconds),
+            (self.groups, record.num_groups),
+            (self.sequences, record.num_sequences),
+            (self.tokens, record.num_tokens),
+            (self.skipped, int(record.skipped)),
+            (self.silenced, record.silenced),
+            (self.stale, record.stale),
+        ):
+            counter.inc(amount)
+        self.step_seconds.observe(record.step_seconds)
+        for lag, count in record.lag_counts.items():
+            for _ in range(count):
+                self.lag.observe(lag)
+
+
+class ActorMetrics(_Metrics):
+    """What one actor exports; the rollout loop sets them."""
+
+    def __init__(self, registry: CollectorRegistry, run: str) -> None:
+        super().__init__(registry, run, "vespo_actor")
+        self.tokens = self._counter("tokens_total", "Response tokens generated")
+        self.groups = self._counter("groups_total", "Complete groups accepted by the buffer")
+        self.failures = self._counter("failed_tickets_total", "Tickets failed by the task, its scorer or the engine")
+        self.busy = self._counter("busy_seconds_total", "Time with at least one sequence in generation")
+        self.served_version = self._gauge("served_version", "Policy version that generates")
+        self.parity = self._gauge("parity_nats", "Largest log-prob difference to the learner under one version")
+        self.running = self._gauge("running_sequences", "Completions in generation")
+        self.update_seconds = self._histogram("update_seconds", "Time to take a new version", SECONDS_BUCKETS)
