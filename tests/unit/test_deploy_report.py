@@ -9,8 +9,8 @@ import pytest
 
 from buffer.run import Buffer
 from deploy.environment import write_environment
-from deploy.plots import MAX_COLUMNS, Series, plot_png
-from deploy.report import write_report
+from deploy.plots import MAX_COLUMNS, Series
+from deploy.report import write_picture, write_report
 from deploy.rundir import History, RunDirectory, Session, write_atomically
 from deploy.summary import build_summary, format_summary, read_metrics, read_summary, summarise_lag, write_summary
 from protocol.errors import LauncherError
@@ -89,11 +89,11 @@ def test_series_average_long_runs_and_keep_short_ones() -> None:
     assert long.column("reward_mean").mean() == pytest.approx(sum(r.reward_mean for r in long.records) / 1000, rel=1e-2)
 
 
-def test_the_readme_picture(tmp_path: Path) -> None:
-    plot_png([make_record(step) for step in range(1, 20)], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="no steps"):
-        plot_png([], tmp_path / "none.png")
+def test_the_picture(tmp_path: Path) -> None:
+    picture = write_picture(make_run(tmp_path, 20), tmp_path / "plot.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(LauncherError, match="no steps"):
+        write_picture(RunDirectory(tmp_path / "none"), tmp_path / "none.png")
 
 
 def test_lines_that_a_crash_cut_short_are_left_out(tmp_path: Path) -> None:
