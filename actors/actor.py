@@ -6,20 +6,26 @@ import secrets
 import socket
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from wsgiref.simple_server import WSGIServer
 
 import numpy as np
+from prometheus_client import CollectorRegistry, start_http_server
 
 from actors.links import LinkFailed, Links
 from actors.rollout import Rollout
 from actors.tasks import load_task
 from actors.weights.follower import WeightFollower
-from buffer.registry import ActorStatus
 from buffer.run import Buffer
 from buffer.store import WeightStore
+from protocol.errors import SettingsError
+from protocol.metrics import ActorCollector
+from protocol.records import ActorStatus
 from protocol.settings import Settings
 
 FIRST_VERSION_WAIT_SECONDS = 2.0
+MAX_ACTORS_PER_HOST = 64
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +62,7 @@ def run_actor(
             return rollout.status()
         return ActorStatus(state="starting", pid=os.getpid(), host=socket.gethostname())
 
+    exporter = _export(settings, incarnation, status)
     links = Links(buffer, incarnation, settings.buffer.lease_seconds, status)
     links.start()
     try:
@@ -85,6 +92,28 @@ def run_actor(
             engine.close()
     finally:
         links.close(settings.buffer.lease_seconds)
+        if exporter is not None:
+            exporter.shutdown()
+            exporter.server_close()
+
+
+def _export(settings: Settings, incarnation: str, status: Callable[[], ActorStatus]) -> WSGIServer | None:
+    """Open the actor's Prometheus endpoint on the first free port from `metrics.actor_port`, if there is one."""
+    if settings.metrics.actor_port is None:
+        return None
+    registry = CollectorRegistry()
+    registry.register(ActorCollector(settings.run.name, incarnation, status))
+    first = settings.metrics.actor_port
+    for port in range(first, first + MAX_ACTORS_PER_HOST):
+        try:
+            server, _ = start_http_server(port, addr="127.0.0.1", registry=registry)
+        except OSError:
+            continue
+        log.info("metrics at http://127.0.0.1:%d/metrics", port)
+        return server
+    raise SettingsError(
+        f"metrics.actor_port: the {MAX_ACTORS_PER_HOST} ports from {settings.metrics.actor_port} are taken"
+    )
 
 
 def _wait_for_first_version(buffer: Buffer, stop: threading.Event) -> bool:

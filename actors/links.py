@@ -12,9 +12,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from buffer.registry import ActorStatus
 from buffer.run import Buffer
 from protocol.errors import CodecError, VespoError
+from protocol.records import ActorStatus
 from protocol.trajectory import Group, Ticket
 
 WAIT_SECONDS = 0.5  # bounds how long a link takes to end
@@ -68,9 +68,11 @@ class Links:
         self._capacity, self._served_version = 0, -1
         self._may_take = False
         self._outbox: queue.Queue[Group | None] = queue.Queue()
-        self._groups_submitted = 0
+        self._groups_submitted = self._tickets_failed = 0
         loops = (self._submit, self._listen, self._feed, self._keep)
-        self._submitter, *self._others = [threading.Thread(target=self._guard, args=(f,), name=f.__name__, daemon=True) for f in loops]
+        self._submitter, *self._others = [
+            threading.Thread(target=self._guard, args=(f,), name=f.__name__, daemon=True) for f in loops
+        ]
 
     def start(self) -> None:
         """Start all threads."""
@@ -94,6 +96,11 @@ class Links:
     def groups_submitted(self) -> int:
         """Groups that the buffer accepted."""
         return self._groups_submitted
+
+    @property
+    def tickets_failed(self) -> int:
+        """Tickets reported as failed."""
+        return self._tickets_failed
 
     def held(self) -> list[Ticket]:
         """Tickets whose leases are kept alive: taken, and neither delivered nor given up."""
@@ -121,6 +128,7 @@ class Links:
         """Report that a ticket's prompt, generation or scoring failed."""
         log.warning("ticket %d failed: %s", ticket.index, error)
         self._buffer.tickets.fail(ticket, error)
+        self._tickets_failed += 1
         self._release([ticket])
 
     def _release(self, tickets: list[Ticket]) -> None:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,9 +21,9 @@ from actors.links import LeasesLost, LinkFailed, Links, RunState, TicketsTaken
 from actors.tasks import Task
 from actors.weights.follower import StagedVersion
 from actors.weights.gate import Verdict, VersionGate
-from buffer.registry import ActorStatus
 from protocol.clock import prompt_of_ticket
 from protocol.errors import TaskError
+from protocol.records import ActorStatus
 from protocol.settings import Settings
 from protocol.trajectory import Completion, Group, Ticket
 
@@ -84,13 +84,16 @@ class Rollout:
             parity_max=self._gate.parity_max,
             tokens_generated=self._tokens_generated,
             groups_submitted=self._links.groups_submitted,
+            tickets_failed=self._links.tickets_failed,
+            versions_loaded=self._gate.versions_loaded,
+            update_seconds=self._gate.update_seconds,
             busy_seconds=self._busy_seconds,
             wall_seconds=0.0 if self._first_served is None else time.monotonic() - self._first_served,
             running_sequences=len(self._active) * self._settings.task.group_size,
             error=self._gate.error,
         )
 
-    def _state(self) -> str:
+    def _state(self) -> Literal["starting", "serving", "waiting", "updating", "quarantined", "draining"]:
         if self._drain_deadline is not None:
             return "draining"
         if self._gate.quarantined:

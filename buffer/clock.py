@@ -38,7 +38,7 @@ class PolicyClock:
             ValueError: the version is not above the published one.
             FencedError: `manifest.epoch` is not the current learner epoch.
         """
-        self._scripts.run(
+        self._scripts.run_repeatably(
             "publish", manifest.epoch, manifest.version, manifest.step, manifest.model_dump_json(), MANIFESTS_KEPT
         )
 

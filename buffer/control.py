@@ -36,10 +36,10 @@ class Control:
         return (state or b"none").decode(), (reason or b"").decode()
 
     def set_state(self, state: RunState, reason: str) -> None:
-        """Change the state and wake whoever waits."""
+        """Change the state and wake whoever waits; returns once the change would survive a crash of the server."""
         if state not in get_args(RunState):
             raise ValueError(f"state {state!r} is none of {get_args(RunState)}")
-        self._scripts.run("control", state, reason)
+        self._scripts.run_durably("control", state, reason)
 
     def wait_change(self, current: str, timeout_seconds: float) -> str:
         """Block until the state is not `current`, or the timeout; returns the state then."""

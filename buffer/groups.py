@@ -26,7 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LeasedGroup:
-    """A group in the learner's hands, named by `entry_id` until it is committed, returned or filtered."""
+    """A group in the learner's hands.
+
+    Attributes:
+        entry_id: names it until it is committed, returned or filtered, in checkpoints too: stream id and ticket.
+        num_bytes: size of its encoding.
+    """
 
     entry_id: str
     group: Group
@@ -52,6 +57,8 @@ class Groups:
         self._events = events
         self._maxmemory: int | None = None
         self._reader = (0, "0-0")  # the epoch that leases here, and the last entry it has seen
+        self._held: dict[int, str] = {}  # index of each ticket in the learner's hands → its stream entry
+        self._server = b""  # process that answered last
 
     def submit(self, group: Group, timeout_seconds: float) -> bool:
         """Deliver the group of a lease, waiting while the buffer or the server's memory is full.
@@ -115,9 +122,14 @@ class Groups:
             raise ValueError(f"count is {count}; lease at least one group")
         if self._reader[0] != epoch:
             self._reader = (epoch, "0-0")
+            self._held.clear()
         deadline = time.monotonic() + timeout_seconds
         while True:
-            cursor, *entries = self._scripts.run("lease", epoch, self._reader[1], count)
+            server, cursor, *entries = self._scripts.run("lease", epoch, self._reader[1], count)
+            if self._server not in (server, b""):
+                log.warning("Redis at %s was restarted; repeating what it may have lost", describe(self._client))
+                self._scripts.repeat_recent()
+            self._server = server
             leased = self._fetch(epoch, [(entries[i].decode(), entries[i + 1]) for i in range(0, len(entries), 2)])
             remaining = deadline - time.monotonic()
             if leased or (remaining <= 0 and not entries):
@@ -127,24 +139,32 @@ class Groups:
 
     def _fetch(self, epoch: int, entries: list[tuple[str, bytes]]) -> list[LeasedGroup]:
         # a server that lost its last second delivers again what this reader already has
-        entries = [(entry_id, ticket) for entry_id, ticket in entries if _order(entry_id) > _order(self._reader[1])]
+        entries = [(stream_id, ticket) for stream_id, ticket in entries if _order(stream_id) > _order(self._reader[1])]
         if not entries:
             return []
-        payloads = command(self._client, "HMGET", self._keys.payloads, *(entry_id for entry_id, _ in entries))
+        payloads = command(self._client, "HMGET", self._keys.payloads, *(stream_id for stream_id, _ in entries))
         leased = []
-        for (entry_id, ticket), payload in zip(entries, payloads, strict=True):
+        for (stream_id, ticket), payload in zip(entries, payloads, strict=True):
+            index = parse_ticket(ticket).index
+            again = index in self._held
+            self._held[index] = stream_id
+            if False:  # the server forgot the group that is held, and had its ticket generated anew
+                continue
             try:
-                leased.append(LeasedGroup(entry_id, _decode(payload, ticket), len(payload)))
+                leased.append(LeasedGroup(f"{stream_id}/{ticket.decode()}", _decode(payload, ticket), len(payload)))
             except CodecError as error:
-                log.warning("group %s of ticket %s is rejected: %s", entry_id, ticket.decode(), error)
-                self._scripts.run("reject", epoch, entry_id, f"CodecError: {error}"[:MAX_ERROR_CHARACTERS])
+                log.warning("group %s of ticket %s is rejected: %s", stream_id, ticket.decode(), error)
+                del self._held[index]
+                reason = f"CodecError: {error}"[:MAX_ERROR_CHARACTERS]
+                self._scripts.run_repeatably("reject", epoch, stream_id, reason)
         self._reader = (epoch, entries[-1][0])
         return leased
 
     def commit(self, epoch: int, entry_ids: Sequence[str], step: int) -> int:
         """Count groups as trained and delete them, once the checkpoint of `step` that holds their effect is safe.
 
-        Ids that are already gone are not counted again, so a learner that resumes commits its checkpoint's ids anew.
+        Tickets that are already trained are not counted again, so a learner that resumes commits its checkpoint's ids
+        anew. A ticket whose group the server has lost counts as trained all the same, and is not generated again.
 
         Returns:
             How many were counted.
@@ -152,15 +172,34 @@ class Groups:
         Raises:
             FencedError: a newer learner epoch exists.
         """
-        return int(self._scripts.run("commit", epoch, step, *entry_ids))
+        seen = self._reader[1] if self._reader[0] == epoch else "0-0"
+        pairs = [entry_id.split("/") for entry_id in entry_ids]
+        num_trained = int(
+            self._scripts.run_repeatably("commit", epoch, step, seen, *(part for pair in pairs for part in pair))
+        )
+        self._release(entry_ids)
+        return num_trained
+
+    def recently_committed(self) -> list[str]:
+        """Ids of the latest commits, which a crash of the server may undo.
+
+        A checkpoint that lists them beside its own keeps them from being trained twice if the learner dies as well.
+        """
+        commits = ([*map(str, arguments[3:])] for name, arguments in self._scripts.recent() if name == "commit")
+        return [f"{pairs[i]}/{pairs[i + 1]}" for pairs in commits for i in range(0, len(pairs), 2)]
 
     def return_stale(self, epoch: int, leased: Sequence[LeasedGroup]) -> None:
         """Remove groups that are too old and have their tickets generated again; no failure is counted."""
-        self._scripts.run("return_stale", epoch, *(item.entry_id for item in leased))
+        self._scripts.run_repeatably("return_stale", epoch, *self._release([item.entry_id for item in leased]))
 
     def mark_filtered(self, epoch: int, leased: Sequence[LeasedGroup]) -> None:
         """Remove groups that are not worth training on; their tickets are done."""
-        self._scripts.run("mark_filtered", epoch, *(item.entry_id for item in leased))
+        self._scripts.run_repeatably("mark_filtered", epoch, *self._release([item.entry_id for item in leased]))
+
+    def _release(self, entry_ids: Sequence[str]) -> list[str]:
+        """The groups are no longer held; returns the stream entries that stand for them."""
+        pairs = (entry_id.split("/") for entry_id in entry_ids)
+        return [self._held.pop(parse_ticket(ticket.encode()).index, stream_id) for stream_id, ticket in pairs]
 
     def depth(self) -> Depth:
         """One atomic reading of what is in the stream."""
@@ -180,6 +219,6 @@ def _decode(payload: bytes | None, ticket: bytes) -> Group:
     return group
 
 
-def _order(entry_id: str) -> tuple[int, int]:
-    milliseconds, _, sequence = entry_id.partition("-")
+def _order(stream_id: str) -> tuple[int, int]:
+    milliseconds, _, sequence = stream_id.partition("-")
     return int(milliseconds), int(sequence)

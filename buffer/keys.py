@@ -23,6 +23,8 @@ class Keys:
     """hash: stream entry id → encoded group. Apart from the stream, so that scripts move groups without copying them"""
     dead: str = field(init=False)
     """stream: index, attempts, error of each ticket given up"""
+    done: str = field(init=False)
+    """bitmap: bit (index - first) is set once the ticket is trained or filtered"""
     weights: str = field(init=False)
     """hash: version → manifest JSON, and `latest`"""
     events: str = field(init=False)

@@ -6,11 +6,12 @@ these keys, that the server lost part of its data, or that a script is wrong; al
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 from buffer.scripts import Scripts
 
 STATES = ("issued", "generating", "retry", "buffered", "leased", "trained", "filtered", "dead")
+NOWHERE_SHOWN = 20
 EVENTS = ("expired", "failed", "returned", "stale", "poisoned", "refused")
 
 
@@ -36,26 +37,59 @@ class Ledger:
 
 def read_ledger(scripts: Scripts) -> Ledger:
     """Take the snapshot and verify it."""
-    fields, leases, retries, entries, pending, num_payloads, dead = scripts.run("ledger")
-    counters = {fields[i].decode(): int(fields[i + 1]) for i in range(0, len(fields), 2)}
-    states = {name: counters.get(name, 0) for name in STATES}
+    snapshot = _Snapshot(*scripts.run("ledger"))
+    states = {name: snapshot.counters.get(name, 0) for name in STATES}
     discrepancies = [
-        *_counter_problems(counters, states, leases, retries, entries, pending, dead),
-        *_payload_problems(counters, entries, num_payloads),
-        *_place_problems(counters, leases, retries, entries, pending, dead),
+        *_counter_problems(snapshot, states),
+        *_group_problems(snapshot),
+        *_place_problems(snapshot),
     ]
-    return Ledger(states, {name: counters.get(name, 0) for name in EVENTS}, discrepancies)
+    return Ledger(states, {name: snapshot.counters.get(name, 0) for name in EVENTS}, discrepancies)
 
 
-def _counter_problems(
-    counters: dict[str, int], states: dict[str, int], leases: Any, retries: Any, entries: Any, pending: Any, dead: Any
-) -> list[str]:
+class _Snapshot:
+    """Reply of `scripts/ledger.lua`, read."""
+
+    def __init__(
+        self,
+        fields: list[bytes],
+        leases: list[bytes],
+        retries: list[bytes],
+        entries: list[tuple[bytes, bytes, bytes, int]],
+        pending: list[bytes],
+        num_payloads: int,
+        dead: list[bytes],
+        done: bytes,
+    ) -> None:
+        self.counters = {fields[i].decode(): _integer(fields[i + 1]) for i in range(0, len(fields), 2)}
+        self.places = {
+            "generating": [_index(ticket) for ticket in leases],
+            "retry": [_index(ticket) for ticket in retries],
+            "groups": [_index(ticket) for _, ticket, _, _ in entries],
+            "dead": [_integer(index) for index in dead],
+        }
+        self.entries = [(entry_id.decode(), _integer(expected), found) for entry_id, _, expected, found in entries]
+        self.pending = [entry_id.decode() for entry_id in pending]
+        self.num_payloads = num_payloads
+        self.first, self.next = self.counters.get("first", 0), self.counters.get("next", 0)
+        self._done = done
+        self.num_done = int.from_bytes(done, "big").bit_count()
+
+    def is_done(self, index: int) -> bool:
+        """Whether a ticket is trained or filtered."""
+        byte, bit = divmod(index - self.first, 8)
+        return 0 <= byte < len(self._done) and bool(self._done[byte] & 0x80 >> bit)
+
+
+def _counter_problems(snapshot: _Snapshot, states: dict[str, int]) -> list[str]:
+    places = {name: len(indices) for name, indices in snapshot.places.items()}
     checks = [
-        ("generating", states["generating"], len(leases), "zset"),
-        ("retry", states["retry"], len(retries), "list"),
-        ("buffered + leased", states["buffered"] + states["leased"], len(entries), "stream"),
-        ("leased", states["leased"], len(pending), "consumer group"),
-        ("dead", states["dead"], len(dead), "stream of the dead"),
+        ("generating", states["generating"], places["generating"], "zset"),
+        ("retry", states["retry"], places["retry"], "list"),
+        ("buffered + leased", states["buffered"] + states["leased"], places["groups"], "stream"),
+        ("leased", states["leased"], len(snapshot.pending), "consumer group"),
+        ("dead", states["dead"], places["dead"], "stream of the dead"),
+        ("trained + filtered", states["trained"] + states["filtered"], snapshot.num_done, "bitmap of the done"),
     ]
     problems = [
         f"{name}: the counters say {expected}, the {structure} holds {found}"
@@ -65,41 +99,54 @@ def _counter_problems(
     placed = sum(count for name, count in states.items() if name != "issued")
     if placed != states["issued"]:
         problems.append(f"issued: {states['issued']} tickets, but the states add up to {placed}")
-    if (span := counters.get("next", 0) - counters.get("first", 0)) != states["issued"]:
+    if (span := snapshot.next - snapshot.first) != states["issued"]:
         problems.append(f"issued: {states['issued']} tickets, but the index moved by {span}")
     return problems
 
 
-def _payload_problems(counters: dict[str, int], entries: Any, num_payloads: int) -> list[str]:
+def _group_problems(snapshot: _Snapshot) -> list[str]:
+    """Groups whose bytes are not all there, and groups leased without being there."""
     problems = [
-        f"groups: entry {entry_id.decode()} of ticket {ticket.decode()} has {found} bytes of {int(expected)}"
-        for entry_id, ticket, expected, found in entries
-        if int(expected) != found
+        f"groups: entry {entry_id} has {found} bytes of {expected}"
+        for entry_id, expected, found in snapshot.entries
+        if expected != found
     ]
-    if num_payloads != len(entries):
-        problems.append(f"payloads: {num_payloads} for {len(entries)} stream entries")
-    stored = sum(int(expected) for _, _, expected, _ in entries)
-    if (counted := counters.get("buffered_bytes", 0) + counters.get("leased_bytes", 0)) != stored:
+    if snapshot.num_payloads != len(snapshot.entries):
+        problems.append(f"payloads: {snapshot.num_payloads} for {len(snapshot.entries)} stream entries")
+    stored = sum(expected for _, expected, _ in snapshot.entries)
+    counted = snapshot.counters.get("buffered_bytes", 0) + snapshot.counters.get("leased_bytes", 0)
+    if counted != stored:
         problems.append(f"bytes: the counters say {counted}, the stream holds {stored}")
-    return problems
+    present = {entry_id for entry_id, _, _ in snapshot.entries}
+    absent = (entry_id for entry_id in snapshot.pending if entry_id not in present)
+    return problems + [f"groups: leased entry {entry_id} is not in the stream" for entry_id in absent]
 
 
-def _place_problems(
-    counters: dict[str, int], leases: Any, retries: Any, entries: Any, pending: Any, dead: Any
-) -> list[str]:
-    """Tickets that are in two places, were never issued, or are leased without being there."""
+def _place_problems(snapshot: _Snapshot) -> list[str]:
+    """Tickets that are in two places or in none, or were never issued."""
     places: dict[int, list[str]] = defaultdict(list)
-    for name, tickets in (
-        ("generating", leases),
-        ("retry", retries),
-        ("groups", [ticket for _, ticket, _, _ in entries]),
-        ("dead", dead),
-    ):
-        for ticket in tickets:
-            places[int(ticket.partition(b":")[0])].append(name)
-    problems = [f"ticket {index} is in {' and in '.join(names)}" for index, names in places.items() if len(names) > 1]
-    first, following = counters.get("first", 0), counters.get("next", 0)
-    problems += [f"ticket {index} was never issued" for index in places if not first <= index < following]
-    present = {entry_id for entry_id, _, _, _ in entries}
-    problems += [f"groups: leased entry {i.decode()} is not in the stream" for i in pending if i not in present]
+    for name, indices in snapshot.places.items():
+        for index in indices:
+            places[index].append(name)
+    issued = range(snapshot.first, snapshot.next)
+    problems = [f"ticket {index} was never issued" for index in places if index not in issued]
+    for index, names in places.items():
+        names += ["done"] * snapshot.is_done(index)
+        if len(names) > 1:
+            problems.append(f"ticket {index} is in {' and in '.join(names)}")
+    if len(places) + snapshot.num_done != len(issued):
+        nowhere = (index for index in issued if index not in places and not snapshot.is_done(index))
+        problems += [f"ticket {index} is nowhere" for index in islice(nowhere, NOWHERE_SHOWN)]
     return problems
+
+
+def _index(ticket: bytes) -> int:
+    return _integer(ticket.partition(b":")[0])
+
+
+def _integer(text: bytes) -> int:
+    """The number that other hands may have left instead of ours; -1 if it is none, which is never right."""
+    try:
+        return int(text)
+    except ValueError:
+        return -1

@@ -1,34 +1,13 @@
 """Which actors are alive, what they do, and what all that ever were have done together."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import redis
-from pydantic import BaseModel, ConfigDict
 
 from buffer.connection import command
 from buffer.keys import Keys
 from buffer.scripts import Scripts
-
-
-class ActorStatus(BaseModel):
-    """What an actor says about itself. Counts and seconds are totals since it started; `parity_max` is the largest
-    parity with which it served a version."""
-
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-
-    state: Literal["starting", "serving", "waiting", "updating", "quarantined", "draining", "left"]
-    pid: int
-    host: str
-    served_version: int = -1
-    parity: float = 0.0
-    parity_max: float = 0.0
-    tokens_generated: int = 0
-    groups_submitted: int = 0
-    busy_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    running_sequences: int = 0
-    error: str = ""
+from protocol.records import ActorStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ from buffer.events import Events
 from buffer.groups import Groups
 from buffer.keys import Keys
 from buffer.ledger import Ledger, read_ledger
+from buffer.peek import Peeked, peek_groups
 from buffer.registry import ActorRegistry
+from buffer.repair import repair_run
 from buffer.scripts import Scripts
 from buffer.tickets import Tickets
 
@@ -49,7 +51,7 @@ class Buffer:
         first_ticket: int = 0,
         step: int = 0,
     ) -> int:
-        """Make the calling learner the run's only one, and create the run if it is new.
+        """Make the calling learner the run's only one, and create the run if it is new; on the server's disk at return.
 
         Every uncommitted group will be delivered again, in order; whatever an older epoch still tries is refused. The
         run's state becomes "running".
@@ -73,8 +75,9 @@ class Buffer:
                 f"groups_per_version {groups_per_version}, max_attempts {max_attempts} and max_bytes {max_bytes} must "
                 f"be positive, max_lag {max_lag}, first_ticket {first_ticket} and step {step} not negative"
             )
+        self._scripts.forget_recent()
         return int(
-            self._scripts.run(
+            self._scripts.run_durably(
                 "begin_epoch", run_id, groups_per_version, max_lag, max_attempts, max_bytes, first_ticket, step
             )
         )
@@ -82,6 +85,18 @@ class Buffer:
     def ledger(self) -> Ledger:
         """Where every ticket of the run is, verified."""
         return read_ledger(self._scripts)
+
+    def repair(self) -> list[str]:
+        """Put a ledger that does not balance in order; returns what was changed apart from counters, in words.
+
+        Raises:
+            BufferUnavailableError: the run's own description is gone; the message says what to do.
+        """
+        return repair_run(self._scripts)
+
+    def peek(self, count: int) -> list[Peeked]:
+        """The next `count` groups that the learner has not taken, without their tokens."""
+        return peek_groups(self._client, self._keys, count)
 
     def purge(self) -> bool:
         """Delete everything the run has in Redis, and nothing else; returns whether there was anything."""

@@ -1,26 +1,43 @@
 """Loads the Lua scripts, runs them by their hash, and turns the errors they raise into typed ones.
 
 Each file of `scripts/` is one transition; `common.lua` is put before each, below its `#!lua` line.
+
+A server that crashes forgets what it had not written to disk, a second's worth; one that fails over, what its replica
+had not got. Scripts are atomic, so what comes back is an earlier state that balances, but the learner is further: it
+published, committed and returned groups since, and would wait for ever for what it has done already. So what it
+changed lately is remembered here, and repeated when another server process answers. For what is rare and on which
+everybody else builds (a new epoch, the end of a run), the caller waits until it is on disk instead.
 """
 
 import hashlib
 import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import redis
 
-from buffer.connection import command
+from buffer.connection import command, guard
 from buffer.keys import Keys
-from protocol.errors import FencedError, RunMismatchError, VespoError
+from protocol.errors import BufferUnavailableError, FencedError, RunMismatchError, VespoError
+
+Argument = str | bytes | int | float
 
 FOLDER = Path(__file__).parent / "scripts"
 TYPED_ERRORS: dict[str, type[Exception]] = {
     "FENCED": FencedError,
     "MISMATCH": RunMismatchError,
     "INVALID": ValueError,
+    "LOST": BufferUnavailableError,
+    "NOGROUP": BufferUnavailableError,
 }
+UNSYNCED_SECONDS = 10.0
+"""Longer than what a server with `appendfsync everysec` may lose, which is two seconds."""
+SYNC_DEADLINE_SECONDS = 5.0
 _POSITION = re.compile(r" script: .*on @user_script:\d+\.$")  # Lua's error() appends where it was raised
 
 
@@ -33,13 +50,15 @@ def load(name: str) -> tuple[str, str]:
 
 
 class Scripts:
-    """Runs transitions of one run."""
+    """Runs transitions of one run. Threads may share it."""
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client = client
         self._keys = keys.all()
+        self._lock = threading.Lock()
+        self._recent: deque[tuple[float, str, tuple[Argument, ...]]] = deque()
 
-    def run(self, name: str, *arguments: str | bytes | int | float) -> Any:
+    def run(self, name: str, *arguments: Argument) -> Any:
         """Run a script atomically and return its reply, bytes and integers nested in lists.
 
         Raises:
@@ -55,7 +74,49 @@ class Scripts:
         except redis.ResponseError as error:
             raise typed_error(error) from error
 
-    def _execute(self, verb: str, script: str, arguments: tuple[str | bytes | int | float, ...]) -> Any:
+    def run_repeatably(self, name: str, *arguments: Argument) -> Any:
+        """`run` a script that changes nothing when it is run twice, and remember it for `repeat_recent`."""
+        reply = self.run(name, *arguments)
+        now = time.monotonic()
+        with self._lock:
+            self._recent.append((now, name, arguments))
+            while self._recent[0][0] < now - UNSYNCED_SECONDS:
+                self._recent.popleft()
+        return reply
+
+    def repeat_recent(self) -> None:
+        """Run again, in their order, what the server may have forgotten when it went away."""
+        for name, arguments in self.recent():
+            try:
+                self.run(name, *arguments)
+            except ValueError:  # a version that a newer one has superseded
+                continue
+
+    def forget_recent(self) -> None:
+        """What was run before a new epoch is not to be repeated in it."""
+        with self._lock:
+            self._recent.clear()
+
+    def recent(self) -> list[tuple[str, tuple[Argument, ...]]]:
+        """Scripts that `run_repeatably` ran within `UNSYNCED_SECONDS` before the newest of them."""
+        with self._lock:
+            return [(name, arguments) for _, name, arguments in self._recent]
+
+    def run_durably(self, name: str, *arguments: Argument) -> Any:
+        """`run`, and wait until the effect is on the server's disk, where the server can tell (since Redis 7.2)."""
+        command_line = ("EVAL", load(name)[0], len(self._keys), *self._keys, *arguments)
+        with guard(self._client), self._client.pipeline(transaction=False) as pipeline:
+            send: Callable[..., object] = pipeline.execute_command
+            send(*command_line)
+            send("WAITAOF", 1, 0, round(1000 * SYNC_DEADLINE_SECONDS))
+            # the second reply may be an error: an older server, or one without an append-only file
+            reply, _ = pipeline.execute(raise_on_error=False)
+        if isinstance(reply, redis.ResponseError):
+            with guard(self._client):
+                raise typed_error(reply) from reply
+        return reply
+
+    def _execute(self, verb: str, script: str, arguments: Sequence[Argument]) -> Any:
         return command(self._client, verb, script, len(self._keys), *self._keys, *arguments)
 
 
@@ -65,6 +126,9 @@ def typed_error(error: redis.ResponseError) -> VespoError | ValueError | redis.R
     kind = TYPED_ERRORS.get(code)
     if kind is None:
         return error
-    typed = kind(_POSITION.sub("", message))
+    message = _POSITION.sub("", message)
+    if code == "NOGROUP":
+        message += "; other hands deleted the stream of groups, restore it with: vespo buffer audit --repair"
+    typed = kind(message)
     assert isinstance(typed, (VespoError, ValueError))
     return typed

@@ -89,6 +89,16 @@ class Tickets:
             total += ended
         return total
 
+    def retry_dead(self, indices: Sequence[int] | None = None) -> int:
+        """Try tickets that were given up again, with all their attempts: those of `indices`, or every one.
+
+        Returns:
+            How many of them were dead.
+        """
+        if indices is not None and not indices:
+            return 0
+        return int(self._scripts.run("retry_dead", *(indices or ())))
+
     def dead(self, limit: int = 100) -> list[DeadTicket]:
         """The `limit` tickets given up last, newest first."""
         entries = command(self._client, "XREVRANGE", self._keys.dead, "+", "-", "COUNT", limit)

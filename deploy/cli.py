@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.cli_buffer import buffer_app
+from deploy.buffer_admin import buffer_app
 from deploy.console import fail
 from protocol.errors import VespoError
 
@@ -104,12 +104,18 @@ def server(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Run directory.")],
+    png: Annotated[Path | None, typer.Option(help="Also write a picture of the main plots.")] = None,
+) -> None:
     """Write report.html anew from what the run directory holds."""
-    from deploy.report import write_report
+    from deploy.report import write_picture, write_report
     from deploy.rundir import RunDirectory
 
-    print(write_report(RunDirectory(run_dir)))
+    directory = RunDirectory(run_dir)
+    print(write_report(directory))
+    if png is not None:
+        print(write_picture(directory, png))
 
 
 @app.command()

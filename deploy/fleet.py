@@ -5,6 +5,7 @@ Ray is bound to the loopback interface and belongs to the driver: the kernel end
 
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,7 +89,7 @@ class RayProcesses:
 
     def spawn(self, name: str, role: str) -> None:
         """See `Processes`."""
-        worker = self._worker_class.remote(str(self.log_file(name)))
+        worker = self._worker_class.remote(str(self.log_file(name)), [place for place in sys.path if place])
         result = worker.play.remote(role, name, self._settings_json, str(self._directory.path))
         self._workers[name] = worker
         self._results[result] = name

@@ -24,12 +24,13 @@ from deploy.rundir import History, RunDirectory
 from deploy.snapshot import Snapshot, Trend, take_snapshot
 from deploy.summary import format_summary, read_metrics, read_summary
 from deploy.supervisor import Supervisor
-from protocol.errors import BufferUnavailableError, LauncherError, VespoError
+from protocol.errors import BufferUnavailableError, FencedError, LauncherError, VespoError
 from protocol.recipe import Resolved
 from protocol.settings import Settings
 
 REFRESH_SECONDS = 0.5
 RECONNECT_SECONDS = 2.0  # of the driver alone: it must stay responsive; the others wait as long as the recipe says
+RECONNECT_SLACK_SECONDS = 30.0
 ACTORS_END_SECONDS = 20.0
 DRAIN_SLACK_SECONDS = 60.0
 
@@ -72,24 +73,26 @@ class _Launch:
         self._settings = placed(settings, directory, url)
         self._trend = Trend(settings.run.steps, read_metrics(directory.metrics))
         self._snapshot: Snapshot | None = None
+        self._unreachable_since: float | None = None
         self._drain_deadline: float | None = None
 
     def run(self) -> None:
         """From start to summary."""
         with ExitStack() as stack:
-            if self._server is not None:
-                stack.callback(self._server.stop)
+            stack.callback(self._stop_server)
             client = connect_url(str(self._settings.buffer.url), RECONNECT_SECONDS, wait=False)
             stack.callback(client.close)
             check_identity(client, self._settings, self._directory)
             buffer = Buffer(client, self._settings.run.name)
             clock = buffer.clock.read()
             self._earlier_epoch = 0 if clock is None else clock.epoch
-            if clock is not None:
+            if buffer.control.state() != "none":
                 buffer.control.set_state("running", "vespo run")  # actors would obey the end of the last session
             try:
                 with _closing(make_view(self._settings, sys.stdout)) as view, self._ray_output():
                     self._work(buffer, view)
+            except FencedError:
+                raise  # a newer learner owns the run's state
             except VespoError as error:
                 _try_to_fail(buffer, error)
                 raise
@@ -136,9 +139,15 @@ class _Launch:
         try:
             self._snapshot = take_snapshot(buffer)
         except BufferUnavailableError as error:
-            view.note(str(error))
+            now = time.monotonic()
+            if self._unreachable_since is None:
+                self._unreachable_since = now
+                view.note(str(error))
+            if now - self._unreachable_since > self._settings.buffer.reconnect_seconds + RECONNECT_SLACK_SECONDS:
+                raise
             self._revive_server(view)
             return
+        self._unreachable_since = None
         self._trend.add(self._snapshot)
         view.update(self._phase(self._snapshot), self._snapshot, self._trend)
 
@@ -151,6 +160,11 @@ class _Launch:
         if server.pid != self._server.pid:
             view.note("the embedded server had died and was started again from its append-only file")
         self._server = server
+
+    def _stop_server(self) -> None:
+        """Stop the server of this run, whichever process it is by now."""
+        if self._server is not None:
+            self._server.stop()
 
     def _phase(self, snapshot: Snapshot) -> str:
         """What goes on before this session's first step, empty afterwards."""
@@ -178,7 +192,7 @@ class _Launch:
         if clock is None or clock.epoch == self._earlier_epoch:
             view.note("the learner had not begun: there is nothing to save")
             return True
-        if buffer.control.state() == "running":
+        if self._unreachable_since is None and buffer.control.state() == "running":
             buffer.control.set_state("draining", "interrupted")
         if now > self._drain_deadline:
             view.note("draining took too long; the run goes on from its last checkpoint next time")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.environment import read_environment
-from deploy.plots import all_plots
+from deploy.plots import all_plots, plot_png
 from deploy.rundir import RunDirectory, write_atomically
 from deploy.summary import read_metrics, read_summary
 from protocol.errors import LauncherError
@@ -79,6 +79,19 @@ def write_report(directory: RunDirectory) -> Path:
     )
     write_atomically(directory.report, page)
     return directory.report
+
+
+def write_picture(directory: RunDirectory, path: Path) -> Path:
+    """Write a PNG of reward, lag and importance weights.
+
+    Raises:
+        LauncherError: the run has no steps yet.
+    """
+    records = read_metrics(directory.metrics)
+    if not records:
+        raise LauncherError(f"the run in {directory.path} has no steps to plot yet")
+    plot_png(records, path)
+    return path
 
 
 def _tiles(summary: Summary) -> str:

@@ -1,6 +1,7 @@
 """What a session leaves behind when it ends, for whatever reason: summary and report, printed for the person."""
 
 import sys
+import time
 
 from buffer.run import Buffer
 from deploy.rundir import History, RunDirectory
@@ -16,6 +17,7 @@ def leave_results(settings: Settings, directory: RunDirectory, buffer: Buffer, h
     """
     from deploy.report import write_report  # loads matplotlib
 
+    history.sessions[-1].ended_at = time.time()
     try:
         summary = write_summary(settings, directory, buffer, history)
         write_report(directory)

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from buffer.groups import Depth
-from buffer.registry import ActorStatus
 from buffer.run import Buffer
 from protocol.clock import ClockState
-from protocol.records import StepRecord
+from protocol.records import ActorStatus, StepRecord
 
 ALIVE_SECONDS = 10.0
 RATE_WINDOW_SECONDS = 10.0

@@ -13,7 +13,13 @@ from pathlib import Path
 from buffer.run import Buffer
 from deploy.fleet import Ended, Processes
 from deploy.rundir import History
-from protocol.errors import BufferPolicyError, LauncherError, RunMismatchError, SettingsError
+from protocol.errors import (
+    BufferPolicyError,
+    BufferUnavailableError,
+    LauncherError,
+    RunMismatchError,
+    SettingsError,
+)
 from protocol.settings import Settings
 
 LEARNER = "learner"
@@ -80,10 +86,17 @@ class Supervisor:
             time.sleep(timeout_seconds)
         for slot in self._slots.values():
             if slot.restart_at is not None and time.monotonic() >= slot.restart_at:
-                slot.restart_at = None
-                if not self.ending and self._buffer.control.state() in ("running", "none"):
-                    self._history.restarts[slot.name] = self._history.restarts.get(slot.name, 0) + 1
-                    self._processes.spawn(slot.name, slot.role)
+                self._restart(slot)
+
+    def _restart(self, slot: _Slot) -> None:
+        try:
+            going_on = not self.ending and self._buffer.control.state() in ("running", "none")
+        except BufferUnavailableError:
+            return  # at a later tick; the launcher sees to it that the server does not stay away for ever
+        slot.restart_at = None
+        if going_on:
+            self._history.restarts[slot.name] = self._history.restarts.get(slot.name, 0) + 1
+            self._processes.spawn(slot.name, slot.role)
 
     def _deal_with(self, ended: Ended, slot: _Slot) -> None:
         outcome = ended.outcome
@@ -116,11 +129,14 @@ class Supervisor:
         self._note(f"{slot.name} ended ({what}); started again in {pause:g} s")
 
     def _progress(self, slot: _Slot) -> int:
-        """Steps done by the learner, or groups delivered by all incarnations of an actor."""
-        if slot.role == LEARNER:
-            clock = self._buffer.clock.read()
-            return max(slot.progress, -1 if clock is None else clock.step)
-        every = self._buffer.actors.list(EVER_SECONDS)
+        """Steps done by the learner, or groups delivered by all incarnations of an actor, as far as can be known."""
+        try:
+            if slot.role == LEARNER:
+                clock = self._buffer.clock.read()
+                return max(slot.progress, -1 if clock is None else clock.step)
+            every = self._buffer.actors.list(EVER_SECONDS)
+        except BufferUnavailableError:
+            return slot.progress
         delivered = (s.groups_submitted for name, _, s in every if name.rpartition(".")[0] == slot.name)
         return max(slot.progress, sum(delivered))
 
@@ -130,12 +146,6 @@ class Supervisor:
             last = _last_line(self._logs / f"{ended.name}.log")
             return "its process died" + (f"; last line of its log: {last}" if last else "")
         return f"{outcome.error}: {outcome.message}" if outcome.error else "it returned"
-
-    def kill_all(self) -> None:
-        """End every process at once."""
-        self.ending = True
-        for name in self._processes.running():
-            self._processes.kill(name)
 
 
 def _last_line(path: Path) -> str:

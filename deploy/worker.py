@@ -16,16 +16,18 @@ from protocol.settings import Settings
 class Worker:
     """A process that plays one role once."""
 
-    def __init__(self, log_file: str) -> None:
-        """Send everything this process and its libraries print to `log_file`, descriptors included."""
+    def __init__(self, log_file: str, search_path: list[str]) -> None:
+        """Send everything this process and its libraries print to `log_file`, descriptors included.
+
+        Args:
+            log_file: opened for appending.
+            search_path: where the driver finds modules; a user's task may be there.
+        """
         stream = Path(log_file).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115  # lives as long as the process
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         sys.stdout = sys.stderr = stream
-
-    def pid(self) -> int:
-        """Process id."""
-        return os.getpid()
+        sys.path += [place for place in search_path if place not in sys.path]
 
     def play(self, role: str, name: str, settings_json: str, run_dir: str) -> dict[str, str]:
         """Play "learner" or "actor" to its end; returns the fields of an `Outcome`."""

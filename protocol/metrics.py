@@ -1,12 +1,16 @@
 """Names of all Prometheus metrics, defined once: what the learner exports, and what an actor exports.
 
 A caller hands in its own registry, so that several learners or actors may live in one process (tests do). Every metric
-carries the run's name as label `run`; units are Prometheus base units.
+carries the run's name as label `run`, an actor's also its name as `actor`; units are Prometheus base units.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Callable, Iterator
 
-from protocol.records import StepRecord
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from protocol.records import ActorStatus, StepRecord
 
 LAG_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -98,16 +102,40 @@ class LearnerMetrics(_Metrics):
                 self.lag.observe(lag)
 
 
-class ActorMetrics(_Metrics):
-    """What one actor exports; the rollout loop sets them."""
+ACTOR_COUNTERS = {
+    "tokens_generated": ("vespo_actor_tokens", "Response tokens generated"),
+    "groups_submitted": ("vespo_actor_groups", "Complete groups accepted by the buffer"),
+    "tickets_failed": ("vespo_actor_failed_tickets", "Tickets failed by the task or its scorer"),
+    "versions_loaded": ("vespo_actor_updates", "Policy versions taken"),
+    "update_seconds": ("vespo_actor_update_seconds", "Time generation stood still to take versions"),
+    "busy_seconds": ("vespo_actor_busy_seconds", "Time in engine steps with sequences in generation"),
+}
+ACTOR_GAUGES = {
+    "served_version": ("vespo_actor_served_version", "Verified policy version that generates"),
+    "parity": ("vespo_actor_parity_nats", "Largest log-prob difference to the learner under one version"),
+    "running_sequences": ("vespo_actor_running_sequences", "Completions in generation"),
+}
 
-    def __init__(self, registry: CollectorRegistry, run: str) -> None:
-        super().__init__(registry, run, "vespo_actor")
-        self.tokens = self._counter("tokens_total", "Response tokens generated")
-        self.groups = self._counter("groups_total", "Complete groups accepted by the buffer")
-        self.failures = self._counter("failed_tickets_total", "Tickets failed by the task, its scorer or the engine")
-        self.busy = self._counter("busy_seconds_total", "Time with at least one sequence in generation")
-        self.served_version = self._gauge("served_version", "Policy version that generates")
-        self.parity = self._gauge("parity_nats", "Largest log-prob difference to the learner under one version")
-        self.running = self._gauge("running_sequences", "Completions in generation")
-        self.update_seconds = self._histogram("update_seconds", "Time to take a new version", SECONDS_BUCKETS)
+
+class ActorCollector(Collector):
+    """What one actor exports, read from its status whenever Prometheus asks."""
+
+    def __init__(self, run: str, actor: str, status: Callable[[], ActorStatus]) -> None:
+        self._labels = {"run": run, "actor": actor}
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample of each metric, and the actor's state as a label."""
+        status = self._status()
+        names, values = list(self._labels), list(self._labels.values())
+        for field, (name, meaning) in ACTOR_COUNTERS.items():
+            counter = CounterMetricFamily(name, meaning, labels=names)
+            counter.add_metric(values, getattr(status, field))
+            yield counter
+        for field, (name, meaning) in ACTOR_GAUGES.items():
+            gauge = GaugeMetricFamily(name, meaning, labels=names)
+            gauge.add_metric(values, getattr(status, field))
+            yield gauge
+        state = GaugeMetricFamily("vespo_actor_state", "1 for the state the actor is in", labels=[*names, "state"])
+        state.add_metric([*values, status.state], 1)
+        yield state

@@ -1,4 +1,6 @@
-"""What a run leaves for people: a line per step in `metrics.jsonl`, and `summary.json` at the end."""
+"""What processes say of themselves: the learner's line per step, an actor's heartbeat, and the summary at the end."""
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -53,6 +55,32 @@ class StepRecord(BaseModel):
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Levels of `log_w_quantiles` and `phi_quantiles`."""
+
+
+class ActorStatus(BaseModel):
+    """What an actor says of itself. Counts and seconds are totals since it started.
+
+    `parity` is that of the newest version probed, `parity_max` the largest with which one was served, `update_seconds`
+    the time generation stood still for all versions together.
+    """
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+    state: Literal["starting", "serving", "waiting", "updating", "quarantined", "draining", "left"]
+    pid: int
+    host: str
+    served_version: int = -1
+    parity: float = 0.0
+    parity_max: float = 0.0
+    tokens_generated: int = 0
+    groups_submitted: int = 0
+    tickets_failed: int = 0
+    versions_loaded: int = 0
+    update_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    running_sequences: int = 0
+    error: str = ""
 
 
 class LagSummary(BaseModel):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from buffer.connection import connect
-from buffer.registry import ActorStatus
+from protocol.records import ActorStatus
 from buffer.run import Buffer
 from learner.batch import build_step_batch
 from learner.engine import UpdateResult

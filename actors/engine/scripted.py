@@ -38,7 +38,6 @@ class ScriptedEngine:
         self._probe_logprobs: dict[tuple[int, ...], tuple[float, ...]] = {}
         self._version = -1
         self.probe_error = probe_error
-        self.pause_seconds = 0.0
 
     @property
     def version(self) -> int:

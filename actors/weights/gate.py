@@ -6,6 +6,7 @@ and if that does not help the engine is given up.
 """
 
 import logging
+import time
 from enum import Enum
 
 import numpy as np
@@ -38,6 +39,8 @@ class VersionGate:
         self.served_version = -1
         self.parity = 0.0
         self.parity_max = 0.0
+        self.versions_loaded = 0
+        self.update_seconds = 0.0
         self.error = ""
 
     @property
@@ -65,7 +68,10 @@ class VersionGate:
             return
         self._loaded, self._staged = self._staged, None
         manifest = self._loaded.manifest
+        started = time.monotonic()
         self._engine.load(manifest, self._loaded.tensors)
+        self.update_seconds += time.monotonic() - started
+        self.versions_loaded += 1
         self._worst = 0.0
         for number, (tokens, logprobs) in enumerate(zip(manifest.probe.tokens, manifest.probe.logprobs, strict=True)):
             request_id = f"probe:{manifest.version}:{number}"

@@ -1,5 +1,5 @@
 -- Shared by every script of this directory, which it precedes. KEYS are those of buffer/keys.py, in its order.
-local CLOCK, TICKETS, GENERATING, RETRY, GROUPS, PAYLOADS, DEAD, WEIGHTS, EVENTS, ACTORS, HEARTBEATS, CONTROL =
+local CLOCK, TICKETS, GENERATING, RETRY, GROUPS, PAYLOADS, DEAD, DONE, WEIGHTS, EVENTS, ACTORS, HEARTBEATS, CONTROL =
     unpack(KEYS)
 local EVENTS_KEPT = 1000
 
@@ -65,6 +65,28 @@ local function expire_overdue(limit)
     return #overdue
 end
 
+-- Whether stream entry `id` comes after `other`.
+local function is_after(id, other)
+    local ms, number = string.match(id, '^(%d+)-(%d+)$')
+    local other_ms, other_number = string.match(other, '^(%d+)-(%d+)$')
+    if ms ~= other_ms then return tonumber(ms) > tonumber(other_ms) end
+    return tonumber(number) > tonumber(other_number)
+end
+
+local function index_of(ticket)
+    return tonumber(string.match(ticket, '^%d+'))
+end
+
+-- Whether a ticket is trained or filtered; true also for one of a time before this server's data began.
+local function is_done(index)
+    local position = index - counter('first')
+    return position < 0 or redis.call('GETBIT', DONE, position) == 1
+end
+
+local function set_done(index)
+    redis.call('SETBIT', DONE, index - counter('first'), 1)
+end
+
 -- Remove a group from the stream. Returns its ticket and whether this epoch had leased it; nil if it is gone.
 local function take(group, id)
     local entry = redis.call('XRANGE', GROUPS, id, id)[1]
@@ -76,4 +98,38 @@ local function take(group, id)
     count(state, -1)
     count(state .. '_bytes', -bytes)
     return ticket, state == 'leased'
+end
+
+-- A learner is done with the group of a ticket that this server, which lost its last moments, has elsewhere: take the
+-- ticket out of wherever it is. Slow, and rare.
+local function claim(group, index)
+    local following = counter('next')
+    if index >= following then -- it lost the issue too, and that of the tickets before
+        for between = following, index - 1 do redis.call('RPUSH', RETRY, string.format('%d:0', between)) end
+        redis.call('HSET', TICKETS, 'next', string.format('%d', index + 1))
+        count('issued', index + 1 - following)
+        count('retry', index - following)
+        return
+    end
+    for _, ticket in ipairs(redis.call('ZRANGE', GENERATING, 0, -1)) do
+        if index_of(ticket) == index then
+            redis.call('ZREM', GENERATING, ticket)
+            return count('generating', -1)
+        end
+    end
+    for _, ticket in ipairs(redis.call('LRANGE', RETRY, 0, -1)) do
+        if index_of(ticket) == index then
+            redis.call('LREM', RETRY, 1, ticket)
+            return count('retry', -1)
+        end
+    end
+    for _, entry in ipairs(redis.call('XRANGE', GROUPS, '-', '+')) do
+        if index_of(entry[2][2]) == index then return take(group, entry[1]) end
+    end
+    for _, entry in ipairs(redis.call('XRANGE', DEAD, '-', '+')) do
+        if tonumber(entry[2][2]) == index then
+            redis.call('XDEL', DEAD, entry[1])
+            return count('dead', -1)
+        end
+    end
 end

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Give the learner groups. Repeating a call repeats its reply: what was delivered after `after` comes first.
 -- ARGV: epoch, last entry id the learner has seen ("0-0" for none), most groups
--- Returns {events cursor, id, ticket, id, ticket, ...}. Errors: FENCED.
+-- Returns {server process, events cursor, id, ticket, id, ticket, ...}. Errors: FENCED.
 local group = fence(ARGV[1])
 local function read(from)
     local reply = redis.call('XREADGROUP', 'GROUP', group, 'learner', 'COUNT', ARGV[3], 'STREAMS', GROUPS, from)
@@ -21,7 +21,7 @@ if #entries == 0 then
         if redis.call('HDEL', TICKETS, 'full') == 1 then notify('room', #entries) end
     end
 end
-local reply = {cursor()}
+local reply = {string.match(redis.call('INFO', 'server'), 'run_id:(%x+)'), cursor()}
 for _, entry in ipairs(entries) do
     if entry[2] then -- an entry deleted behind our back is pending without fields; the ledger reports it
         reply[#reply + 1] = entry[1]

@@ -1,10 +1,10 @@
 #!lua flags=no-writes
 -- One snapshot of counters and structures, for the audit.
 -- Returns {counters, leases, retry tickets, {id, ticket, bytes, payload bytes}..., pending ids, number of payloads,
--- indices of dead tickets}.
+-- indices of dead tickets, bitmap of the done}.
 local entries = {}
 for _, entry in ipairs(redis.call('XRANGE', GROUPS, '-', '+')) do
-    entries[#entries + 1] = {entry[1], entry[2][2], entry[2][4], redis.call('HSTRLEN', PAYLOADS, entry[1])}
+    entries[#entries + 1] = {entry[1], entry[2][2] or '', entry[2][4] or '', redis.call('HSTRLEN', PAYLOADS, entry[1])}
 end
 local pending = {}
 local epoch = redis.call('HGET', CLOCK, 'epoch')
@@ -13,6 +13,6 @@ if epoch then
     for _, entry in ipairs(reply) do pending[#pending + 1] = entry[1] end
 end
 local dead = {}
-for _, entry in ipairs(redis.call('XRANGE', DEAD, '-', '+')) do dead[#dead + 1] = entry[2][2] end
+for _, entry in ipairs(redis.call('XRANGE', DEAD, '-', '+')) do dead[#dead + 1] = entry[2][2] or '' end
 return {redis.call('HGETALL', TICKETS), redis.call('ZRANGE', GENERATING, 0, -1), redis.call('LRANGE', RETRY, 0, -1),
-    entries, pending, redis.call('HLEN', PAYLOADS), dead}
+    entries, pending, redis.call('HLEN', PAYLOADS), dead, redis.call('GET', DONE) or ''}

@@ -3,7 +3,11 @@
 local group = fence(ARGV[1])
 local num_filtered = 0
 for position = 2, #ARGV do
-    if take(group, ARGV[position]) then num_filtered = num_filtered + 1 end
+    local ticket = take(group, ARGV[position])
+    if ticket then
+        set_done(index_of(ticket))
+        num_filtered = num_filtered + 1
+    end
 end
 if num_filtered > 0 then
     count('filtered', num_filtered)

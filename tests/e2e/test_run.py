@@ -168,7 +168,9 @@ def test_drained_by_ctrl_c_it_goes_on_by_hand_with_two_actors(run: Run) -> None:
 def in_vain() -> Callable[..., tuple[float, str]]:
     def attempt(*arguments: str) -> tuple[float, str]:
         started = time.monotonic()
-        result = subprocess.run([sys.executable, "-m", "deploy", *arguments], capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            [sys.executable, "-m", "deploy", *arguments], capture_output=True, text=True, timeout=60
+        )
         assert result.returncode != 0
         assert "Traceback" not in result.stderr
         return time.monotonic() - started, result.stderr

@@ -9,7 +9,7 @@ from buffer_samples import begin, make_manifest, publish_next
 
 from buffer.clock import MANIFESTS_KEPT
 from buffer.keys import Keys
-from buffer.registry import ActorStatus
+from protocol.records import ActorStatus
 from buffer.run import Buffer
 from protocol.errors import CodecError
 from protocol.records import StepRecord

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from buffer.registry import ActorStatus
 from buffer.run import Buffer
 from deploy.interrupts import Interrupts
 from deploy.live import Lines, clock, describe, figures, make_view, sparkline
 from deploy.rundir import RunDirectory
 from deploy.snapshot import Snapshot, Trend, take_snapshot
 from protocol.errors import LauncherError, RunMismatchError
+from protocol.records import ActorStatus
 from tests.deploy_samples import make_record, make_settings
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from buffer.registry import ActorStatus
+from buffer.connection import connect
+from buffer.embedded import EmbeddedServer
 from buffer.run import Buffer
 from deploy import supervisor as supervisor_module
 from deploy.fleet import Ended
@@ -12,6 +13,7 @@ from deploy.roles import Outcome
 from deploy.rundir import History
 from deploy.supervisor import Supervisor
 from protocol.errors import LauncherError, SettingsError, StarvedError
+from protocol.records import ActorStatus
 from tests.deploy_samples import make_settings
 
 DONE = Outcome()
@@ -168,6 +170,19 @@ def test_a_learner_that_dies_while_draining_ends_the_run(buffer: Buffer, tmp_pat
     scene.supervisor.ending = True
     scene.end("learner")
     assert scene.supervisor.learner_done
+
+
+def test_a_server_that_is_away_delays_a_restart_and_loses_none(
+    tmp_path: Path, server_directory: Path, run_name: str
+) -> None:
+    server = EmbeddedServer.start(server_directory)
+    scene = Scene(Buffer(connect(server.url, reconnect_seconds=0.1), run_name), tmp_path)
+    server.stop()
+    scene.end("actor-0")
+    assert scene.processes.running() == ["learner"]
+    EmbeddedServer.start(server_directory)
+    scene.supervisor.tick(0.01)
+    assert scene.processes.running() == ["learner", "actor-0"]
 
 
 def test_outcomes_keep_their_type_across_processes() -> None:
