@@ -148,7 +148,7 @@ class Groups:
             index = parse_ticket(ticket).index
             again = index in self._held
             self._held[index] = stream_id
-            if False:  # the server forgot the group that is held, and had its ticket generated anew
+            if again:  # the server forgot the group that is held, and had its ticket generated anew
                 continue
             try:
                 leased.append(LeasedGroup(f"{stream_id}/{ticket.decode()}", _decode(payload, ticket), len(payload)))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from deploy.roles import Outcome
 from deploy.rundir import RunDirectory
-from deploy.worker import Worker
+from deploy.worker import ActorProcess, LearnerProcess
 from protocol.errors import LauncherError
 from protocol.settings import Settings
 
@@ -79,9 +79,8 @@ class RayProcesses:
             raise LauncherError(f"Ray did not start on this machine: {error}") from error
         gpus = int(ray.cluster_resources().get("GPU", 0)) if settings.model.device != "cpu" else 0
         workers_per_gpu = -(-(settings.actors.count + 1) // gpus) if gpus else 0
-        self._worker_class = ray.remote(
-            num_cpus=0, num_gpus=1 / workers_per_gpu if gpus else 0, max_restarts=0, max_task_retries=0
-        )(Worker)
+        remote = ray.remote(num_cpus=0, num_gpus=1 / workers_per_gpu if gpus else 0, max_restarts=0, max_task_retries=0)
+        self._worker_classes = {"learner": remote(LearnerProcess), "actor": remote(ActorProcess)}
 
     def log_file(self, name: str) -> Path:
         """Where the process of that name writes."""
@@ -89,7 +88,7 @@ class RayProcesses:
 
     def spawn(self, name: str, role: str) -> None:
         """See `Processes`."""
-        worker = self._worker_class.remote(str(self.log_file(name)), [place for place in sys.path if place])
+        worker = self._worker_classes[role].remote(str(self.log_file(name)), [place for place in sys.path if place])
         result = worker.play.remote(role, name, self._settings_json, str(self._directory.path))
         self._workers[name] = worker
         self._results[result] = name

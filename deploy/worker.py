@@ -44,3 +44,11 @@ class Worker:
             print(outcome.details or f"{outcome.error}: {outcome.message}", file=sys.stderr)
             return asdict(outcome)
         return asdict(Outcome())
+
+
+class LearnerProcess(Worker):
+    """A learner; Ray shows the class name as the process title."""
+
+
+class ActorProcess(Worker):
+    """An actor."""

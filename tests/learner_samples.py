@@ -9,12 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from buffer.connection import connect
-from protocol.records import ActorStatus
 from buffer.run import Buffer
 from learner.batch import build_step_batch
 from learner.engine import UpdateResult
 from learner.stats import StepContext, step_record
-from protocol.records import StepRecord
+from protocol.records import ActorStatus, StepRecord
 from protocol.settings import Settings
 from protocol.trajectory import Completion, Group, Ticket, VersionSpan
 

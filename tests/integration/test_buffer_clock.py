@@ -9,10 +9,9 @@ from buffer_samples import begin, make_manifest, publish_next
 
 from buffer.clock import MANIFESTS_KEPT
 from buffer.keys import Keys
-from protocol.records import ActorStatus
 from buffer.run import Buffer
 from protocol.errors import CodecError
-from protocol.records import StepRecord
+from protocol.records import ActorStatus, StepRecord
 
 
 def test_a_publication_moves_clock_and_manifest_together(buffer: Buffer) -> None:
