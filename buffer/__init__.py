@@ -7,7 +7,7 @@ writes these keys, so the ledger's counters can be held against the structures a
     generating  zset, scored by lease expiry    issue                         submit, give_back, fail, expire
     retry       list                            give_back, fail, expire,      issue
                                                 return_stale, reject
-    buffered    stream entry + payload          submit, begin_epoch           lease
+    buffered    stream entry + payload string   submit, begin_epoch           lease
     leased      pending entry of the epoch's    lease                         commit, mark_filtered, return_stale,
                 consumer group                                                reject, begin_epoch (buffered again)
     trained     counter                         commit                        never

@@ -4,6 +4,7 @@ Left out: Sentinel and Cluster clients. All keys of a run share a hash slot, so 
 """
 
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
+from buffer.reader import connection_options
 from protocol.errors import BufferPolicyError, BufferUnavailableError
 
 T = TypeVar("T")
@@ -20,7 +22,6 @@ T = TypeVar("T")
 SOCKET_TIMEOUT_SECONDS = 10.0
 """Silence after which a connection counts as dead; blocking reads ask for less (`events.BLOCK_SECONDS`)."""
 PROBE_TIMEOUT_SECONDS = 1.0
-SOCKET_READ_BYTES = 1 << 18
 MINIMUM_VERSION = (7, 0)
 REFUSALS = ("OOM", "READONLY", "MISCONF", "NOPERM", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN")
 
@@ -50,8 +51,7 @@ class DeadlineRetry(Retry):
                     fail(error, failures)
                 else:
                     fail(error)
-                # wrong credentials do not become right by waiting, although redis-py files them under ConnectionError
-                if isinstance(error, redis.AuthenticationError) or (is_retryable and not is_retryable(error)):
+                if _is_final(error) or (is_retryable and not is_retryable(error)):
                     raise
                 # counted from the first failure: a blocking read may have waited long before its connection broke
                 deadline = deadline or time.monotonic() + self.seconds
@@ -59,6 +59,11 @@ class DeadlineRetry(Retry):
                 if time.monotonic() + pause > deadline:
                     raise
                 time.sleep(pause)
+
+
+def _is_final(error: Exception) -> bool:
+    """Wrong credentials and certificates do not become right by waiting; redis-py files both under ConnectionError."""
+    return isinstance(error, redis.AuthenticationError) or isinstance(error.__context__, ssl.SSLCertVerificationError)
 
 
 def connect(url: str, *, reconnect_seconds: float = 60.0, wait: bool = True) -> redis.Redis:
@@ -95,7 +100,7 @@ def _client(url: str, reconnect_seconds: float, timeout_seconds: float) -> redis
             retry=DeadlineRetry(reconnect_seconds),
             socket_timeout=timeout_seconds,
             socket_connect_timeout=min(timeout_seconds, 5.0),
-            socket_read_size=SOCKET_READ_BYTES,
+            **connection_options(),
         )
     except ValueError as error:
         raise ValueError(f"{redact_url(url)!r} is not a Redis URL (redis://, rediss://, unix://): {error}") from None

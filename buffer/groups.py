@@ -4,9 +4,11 @@ Left out: several learner readers. One process leases (rank 0) and hands groups 
 """
 
 import logging
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import redis
 
@@ -17,10 +19,15 @@ from buffer.scripts import Scripts
 from buffer.tickets import MAX_ERROR_CHARACTERS, parse_ticket, ticket_member
 from protocol.codec import decode_group, encode_group
 from protocol.errors import BufferUnavailableError, CodecError
-from protocol.trajectory import Group
+from protocol.trajectory import Group, Ticket
 
 MEMORY_RESERVE = 0.1
 """Share of the server's maxmemory that submitters leave free, so that transitions can go on."""
+STAGED_MILLISECONDS = 60_000
+"""Life of a payload that no script accepts. Its script follows in microseconds, unless the server stands still."""
+FETCH_BYTES = 1 << 19
+"""Payloads read in one reply: a client that gets many megabytes at once spends its time copying."""
+NO_ROOM, PAYLOAD_IS_GONE = 2, 3  # replies of submit.lua
 log = logging.getLogger(__name__)
 
 
@@ -97,8 +104,12 @@ class Groups:
             used = int(self._memory("used_memory"))
             if used + len(payload) > self._maxmemory * (1 - MEMORY_RESERVE):
                 return None, f"Redis at {describe(self._client)} uses {used} of {self._maxmemory} bytes", cursor
-        reply = self._scripts.run("submit", ticket, payload)
-        if reply[0] < 2:
+        reply: list[Any] = [PAYLOAD_IS_GONE]
+        while reply[0] == PAYLOAD_IS_GONE:
+            name = f"{ticket}:{secrets.token_hex(8)}"
+            stage = ("SET", f"{self._keys.payload}:{name}", payload, "PX", STAGED_MILLISECONDS, "NX")
+            reply = self._scripts.run_after(stage, "submit", ticket, name)
+        if reply[0] < NO_ROOM:
             return reply[0] == 1, "", ""
         _, waiting, most, cursor = reply
         return None, f"{waiting} bytes of groups wait for the learner, buffer.max_bytes is {most}", cursor.decode()
@@ -130,35 +141,44 @@ class Groups:
                 log.warning("Redis at %s was restarted; repeating what it may have lost", describe(self._client))
                 self._scripts.repeat_recent()
             self._server = server
-            leased = self._fetch(epoch, [(entries[i].decode(), entries[i + 1]) for i in range(0, len(entries), 2)])
+            leased = self._fetch(epoch, [_Entry.parse(entry) for entry in entries])
             remaining = deadline - time.monotonic()
             if leased or (remaining <= 0 and not entries):
                 return leased
             if not entries:
                 self._events.wait(cursor.decode(), remaining, stream=self._keys.groups, after=self._reader[1])
 
-    def _fetch(self, epoch: int, entries: list[tuple[str, bytes]]) -> list[LeasedGroup]:
+    def _fetch(self, epoch: int, entries: "list[_Entry]") -> list[LeasedGroup]:
         # a server that lost its last second delivers again what this reader already has
-        entries = [(stream_id, ticket) for stream_id, ticket in entries if _order(stream_id) > _order(self._reader[1])]
-        if not entries:
-            return []
-        payloads = command(self._client, "HMGET", self._keys.payloads, *(stream_id for stream_id, _ in entries))
+        entries = [entry for entry in entries if _order(entry.stream_id) > _order(self._reader[1])]
         leased = []
-        for (stream_id, ticket), payload in zip(entries, payloads, strict=True):
-            index = parse_ticket(ticket).index
-            again = index in self._held
-            self._held[index] = stream_id
+        for entry, payload in zip(entries, self._payloads(entries), strict=True):
+            again = entry.ticket.index in self._held
+            self._held[entry.ticket.index] = entry.stream_id
             if again:  # the server forgot the group that is held, and had its ticket generated anew
                 continue
             try:
-                leased.append(LeasedGroup(f"{stream_id}/{ticket.decode()}", _decode(payload, ticket), len(payload)))
+                leased.append(LeasedGroup(entry.entry_id, _decode(payload, entry.ticket), len(payload or b"")))
             except CodecError as error:
-                log.warning("group %s of ticket %s is rejected: %s", stream_id, ticket.decode(), error)
-                del self._held[index]
+                log.warning("group %s is rejected: %s", entry.entry_id, error)
+                del self._held[entry.ticket.index]
                 reason = f"CodecError: {error}"[:MAX_ERROR_CHARACTERS]
-                self._scripts.run_repeatably("reject", epoch, stream_id, reason)
-        self._reader = (epoch, entries[-1][0])
+                self._scripts.run_repeatably("reject", epoch, entry.stream_id, reason)
+        if entries:
+            self._reader = (epoch, entries[-1].stream_id)
         return leased
+
+    def _payloads(self, entries: "list[_Entry]") -> Iterator[bytes | None]:
+        """Payload of each entry in turn, None if it is gone."""
+        start = 0
+        while start < len(entries):
+            end, num_bytes = start + 1, entries[start].num_bytes
+            while end < len(entries) and num_bytes + entries[end].num_bytes <= FETCH_BYTES:
+                num_bytes += entries[end].num_bytes
+                end += 1
+            names = [f"{self._keys.payload}:{entry.payload}" for entry in entries[start:end]]
+            yield from command(self._client, "MGET", *names)
+            start = end
 
     def commit(self, epoch: int, entry_ids: Sequence[str], step: int) -> int:
         """Count groups as trained and delete them, once the checkpoint of `step` that holds their effect is safe.
@@ -210,11 +230,30 @@ class Groups:
         return Depth(buffered, leased, buffered_bytes + leased_bytes)
 
 
-def _decode(payload: bytes | None, ticket: bytes) -> Group:
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What the stream holds of a group; `payload` names where its bytes are."""
+
+    stream_id: str
+    ticket: Ticket
+    num_bytes: int
+    payload: str
+
+    @classmethod
+    def parse(cls, fields: Sequence[bytes]) -> Self:
+        stream_id, ticket, num_bytes, payload = fields
+        return cls(stream_id.decode(), parse_ticket(ticket), int(num_bytes), payload.decode())
+
+    @property
+    def entry_id(self) -> str:
+        return f"{self.stream_id}/{ticket_member(self.ticket)}"
+
+
+def _decode(payload: bytes | None, ticket: Ticket) -> Group:
     if payload is None:
         raise CodecError("its payload is missing")
     group = decode_group(payload)
-    if group.ticket != parse_ticket(ticket):
+    if group.ticket != ticket:
         raise CodecError(f"it says it belongs to {group.ticket}")
     return group
 

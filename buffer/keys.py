@@ -18,9 +18,10 @@ class Keys:
     retry: str = field(init=False)
     """list: `index:attempt` to issue before new tickets, next one at the left"""
     groups: str = field(init=False)
-    """stream: an entry (ticket, bytes) per group that is buffered or leased; one consumer group per learner epoch"""
-    payloads: str = field(init=False)
-    """hash: stream entry id → encoded group. Apart from the stream, so that scripts move groups without copying them"""
+    """stream: an entry (ticket, bytes, payload) per group that is buffered or leased; one consumer group per epoch"""
+    payload: str = field(init=False)
+    """prefix of strings: `payload:NAME` holds an encoded group. Apart from the stream, so that scripts move groups
+    without touching their bytes. Sent before the script that accepts it, with a time to live that acceptance ends"""
     dead: str = field(init=False)
     """stream: index, attempts, error of each ticket given up"""
     done: str = field(init=False)

@@ -57,7 +57,6 @@ class _Snapshot:
         retries: list[bytes],
         entries: list[tuple[bytes, bytes, bytes, int]],
         pending: list[bytes],
-        num_payloads: int,
         dead: list[bytes],
         done: bytes,
     ) -> None:
@@ -70,7 +69,6 @@ class _Snapshot:
         }
         self.entries = [(entry_id.decode(), _integer(expected), found) for entry_id, _, expected, found in entries]
         self.pending = [entry_id.decode() for entry_id in pending]
-        self.num_payloads = num_payloads
         self.first, self.next = self.counters.get("first", 0), self.counters.get("next", 0)
         self._done = done
         self.num_done = int.from_bytes(done, "big").bit_count()
@@ -111,8 +109,6 @@ def _group_problems(snapshot: _Snapshot) -> list[str]:
         for entry_id, expected, found in snapshot.entries
         if expected != found
     ]
-    if snapshot.num_payloads != len(snapshot.entries):
-        problems.append(f"payloads: {snapshot.num_payloads} for {len(snapshot.entries)} stream entries")
     stored = sum(expected for _, expected, _ in snapshot.entries)
     counted = snapshot.counters.get("buffered_bytes", 0) + snapshot.counters.get("leased_bytes", 0)
     if counted != stored:

@@ -55,7 +55,7 @@ def peek_groups(client: redis.Redis, keys: Keys, count: int) -> list[Peeked]:
     entries = command(client, "XRANGE", keys.groups, start, "+", "COUNT", count)
     if not entries:
         return []
-    payloads = command(client, "HMGET", keys.payloads, *(stream_id for stream_id, _ in entries))
+    payloads = command(client, "MGET", *(f"{keys.payload}:{fields[b'payload'].decode()}" for _, fields in entries))
     now = float(command(client, "TIME")[0])
     return [
         _peeked(parse_ticket(fields[b"ticket"]), now - int(stream_id.partition(b"-")[0]) / 1000, payload)

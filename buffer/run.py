@@ -11,7 +11,7 @@ from buffer.keys import Keys
 from buffer.ledger import Ledger, read_ledger
 from buffer.peek import Peeked, peek_groups
 from buffer.registry import ActorRegistry
-from buffer.repair import repair_run
+from buffer.repair import payload_keys, repair_run
 from buffer.scripts import Scripts
 from buffer.tickets import Tickets
 
@@ -92,7 +92,7 @@ class Buffer:
         Raises:
             BufferUnavailableError: the run's own description is gone; the message says what to do.
         """
-        return repair_run(self._scripts)
+        return repair_run(self._client, self._keys, self._scripts)
 
     def peek(self, count: int) -> list[Peeked]:
         """The next `count` groups that the learner has not taken, without their tokens."""
@@ -100,4 +100,8 @@ class Buffer:
 
     def purge(self) -> bool:
         """Delete everything the run has in Redis, and nothing else; returns whether there was anything."""
-        return bool(command(self._client, "UNLINK", *self._keys.all()))
+        found = bool(command(self._client, "UNLINK", *self._keys.all()))
+        for keys in payload_keys(self._client, self._keys):
+            command(self._client, "UNLINK", *keys)
+            found = True
+        return found

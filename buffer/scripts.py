@@ -104,20 +104,39 @@ class Scripts:
 
     def run_durably(self, name: str, *arguments: Argument) -> Any:
         """`run`, and wait until the effect is on the server's disk, where the server can tell (since Redis 7.2)."""
-        command_line = ("EVAL", load(name)[0], len(self._keys), *self._keys, *arguments)
+        wait = ("WAITAOF", 1, 0, round(1000 * SYNC_DEADLINE_SECONDS))
+        # the second reply may be an error: an older server, or one without an append-only file
+        reply, _ = self._send(self._line("EVAL", load(name)[0], arguments), wait)
+        return self._judged(reply)
+
+    def run_after(self, first: Sequence[Argument], name: str, *arguments: Argument) -> Any:
+        """Send a plain command and a script in one go, not atomically; the script's reply."""
+        first_reply, reply = self._send(first, self._line("EVALSHA", load(name)[1], arguments))
+        self._judged(first_reply)
+        if isinstance(reply, redis.exceptions.NoScriptError):
+            return self.run(name, *arguments)
+        return self._judged(reply)
+
+    def _send(self, *lines: Sequence[Argument]) -> list[Any]:
+        """Replies to several commands on one connection, errors among them."""
         with guard(self._client), self._client.pipeline(transaction=False) as pipeline:
             send: Callable[..., object] = pipeline.execute_command
-            send(*command_line)
-            send("WAITAOF", 1, 0, round(1000 * SYNC_DEADLINE_SECONDS))
-            # the second reply may be an error: an older server, or one without an append-only file
-            reply, _ = pipeline.execute(raise_on_error=False)
+            for line in lines:
+                send(*line)
+            return pipeline.execute(raise_on_error=False)
+
+    def _judged(self, reply: Any) -> Any:
+        """`reply` unless it is an error, which is raised."""
         if isinstance(reply, redis.ResponseError):
             with guard(self._client):
                 raise typed_error(reply) from reply
         return reply
 
     def _execute(self, verb: str, script: str, arguments: Sequence[Argument]) -> Any:
-        return command(self._client, verb, script, len(self._keys), *self._keys, *arguments)
+        return command(self._client, *self._line(verb, script, arguments))
+
+    def _line(self, verb: str, script: str, arguments: Sequence[Argument]) -> tuple[Argument, ...]:
+        return (verb, script, len(self._keys), *self._keys, *arguments)
 
 
 def typed_error(error: redis.ResponseError) -> VespoError | ValueError | redis.ResponseError:

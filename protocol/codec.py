@@ -156,13 +156,13 @@ def _build(header: dict[str, Any], body: memoryview) -> Group:
 
 def _count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
-        raise CodecError(f"group header holds {value!r:.40} where a count belongs")
+        raise CodecError(f"group header holds {_shown(value)} where a count belongs")
     return value
 
 
 def _number(value: object) -> float:
     if not isinstance(value, float) or not math.isfinite(value):
-        raise CodecError(f"group header holds {value!r:.40} where a finite float belongs")
+        raise CodecError(f"group header holds {_shown(value)} where a finite float belongs")
     return value
 
 
@@ -170,3 +170,8 @@ def _text(value: object) -> str:
     if not isinstance(value, str) or len(value) > 256:
         raise CodecError("group header holds something else where a short text belongs")
     return value
+
+
+def _shown(value: object) -> str:
+    """A number as it is; of anything else the type, since the text of what arrived may be huge or endlessly nested."""
+    return repr(value) if isinstance(value, int | float) else f"a {type(value).__name__}"

@@ -1,7 +1,9 @@
 """Small valid groups and manifests for tests of the buffer."""
 
 import numpy as np
+import redis
 
+from buffer.keys import Keys
 from buffer.run import Buffer
 from protocol.manifest import Manifest, Probe, TensorEntry
 from protocol.trajectory import Completion, Group, Ticket, VersionSpan
@@ -73,3 +75,9 @@ def submit_new(buffer: Buffer, count: int, served_version: int = 0) -> list[Tick
     assert len(tickets) == count
     assert all(buffer.groups.submit(make_group(ticket), 1) for ticket in tickets)
     return tickets
+
+
+def payload_key(client: redis.Redis, keys: Keys, position: int = 0) -> str:
+    """Where the bytes of the stream's entry at `position` are."""
+    _, fields = client.xrange(keys.groups)[position]
+    return f"{keys.payload}:{fields[b'payload'].decode()}"

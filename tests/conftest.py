@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from plain_servers import debian_redis, serving
 
 from buffer.connection import connect
 from buffer.embedded import EmbeddedServer
@@ -13,9 +14,14 @@ from buffer.run import Buffer
 
 
 @pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a real server that lives as long as the test session."""
-    server = EmbeddedServer.start(tmp_path_factory.mktemp("redis"))
+def redis_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a real server for the whole session: the embedded one, unless the test asks for another."""
+    directory = tmp_path_factory.mktemp("redis")
+    if getattr(request, "param", "embedded") == "redis-server":
+        with serving(debian_redis(), directory) as url:
+            yield url
+        return
+    server = EmbeddedServer.start(directory)
     with redis.Redis.from_url(server.url) as client:
         client.config_set("appendfsync", "always")  # an epoch waits for the disk; tests begin hundreds
     yield server.url

@@ -2,7 +2,7 @@
 -- A checkpoint holds the effect of these groups: their tickets are trained, once, and the groups are gone.
 -- ARGV: epoch, step, last entry id this learner has seen, then id, ticket...
 -- Returns how many were counted. Errors: FENCED.
-local group = 'learner:' .. ARGV[1]
+local group = fence(ARGV[1])
 local num_trained, num_before = 0, 0
 for position = 4, #ARGV, 2 do
     local id, index = ARGV[position], index_of(ARGV[position + 1])

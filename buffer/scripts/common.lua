@@ -1,5 +1,5 @@
 -- Shared by every script of this directory, which it precedes. KEYS are those of buffer/keys.py, in its order.
-local CLOCK, TICKETS, GENERATING, RETRY, GROUPS, PAYLOADS, DEAD, DONE, WEIGHTS, EVENTS, ACTORS, HEARTBEATS, CONTROL =
+local CLOCK, TICKETS, GENERATING, RETRY, GROUPS, PAYLOAD, DEAD, DONE, WEIGHTS, EVENTS, ACTORS, HEARTBEATS, CONTROL =
     unpack(KEYS)
 local EVENTS_KEPT = 1000
 
@@ -7,6 +7,10 @@ local EVENTS_KEPT = 1000
 local function now_ms()
     local time = redis.call('TIME')
     return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+local function payload_key(name)
+    return PAYLOAD .. ':' .. name
 end
 
 -- Move a counter of the ledger. Formatted, because Redis 7.0 would send a Lua -0 as "-0", which is no integer to it.
@@ -94,7 +98,7 @@ local function take(group, id)
     local ticket, bytes = entry[2][2], tonumber(entry[2][4])
     local state = redis.call('XACK', GROUPS, group, id) == 1 and 'leased' or 'buffered'
     redis.call('XDEL', GROUPS, id)
-    redis.call('HDEL', PAYLOADS, id)
+    redis.call('DEL', payload_key(entry[2][6]))
     count(state, -1)
     count(state .. '_bytes', -bytes)
     return ticket, state == 'leased'

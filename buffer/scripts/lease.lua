@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Give the learner groups. Repeating a call repeats its reply: what was delivered after `after` comes first.
 -- ARGV: epoch, last entry id the learner has seen ("0-0" for none), most groups
--- Returns {server process, events cursor, id, ticket, id, ticket, ...}. Errors: FENCED.
+-- Returns {server process, events cursor, {id, ticket, bytes, name of the payload}...}. Errors: FENCED.
 local group = fence(ARGV[1])
 local function read(from)
     local reply = redis.call('XREADGROUP', 'GROUP', group, 'learner', 'COUNT', ARGV[3], 'STREAMS', GROUPS, from)
@@ -12,7 +12,7 @@ local entries = read(ARGV[2])
 if #entries == 0 then
     entries = read('>')
     local bytes = 0
-    for _, entry in ipairs(entries) do bytes = bytes + tonumber(entry[2][4]) end
+    for _, entry in ipairs(entries) do bytes = bytes + (tonumber(entry[2][4] or '') or 0) end
     if #entries > 0 then
         count('buffered', -#entries)
         count('leased', #entries)
@@ -23,9 +23,8 @@ if #entries == 0 then
 end
 local reply = {string.match(redis.call('INFO', 'server'), 'run_id:(%x+)'), cursor()}
 for _, entry in ipairs(entries) do
-    if entry[2] then -- an entry deleted behind our back is pending without fields; the ledger reports it
-        reply[#reply + 1] = entry[1]
-        reply[#reply + 1] = entry[2][2]
+    if entry[2] and entry[2][6] then -- else other hands deleted or added it; the ledger reports it
+        reply[#reply + 1] = {entry[1], entry[2][2], entry[2][4], entry[2][6]}
     end
 end
 return reply

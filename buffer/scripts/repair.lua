@@ -4,7 +4,7 @@
 -- A ticket found nowhere is generated again; unless the counters remember more done tickets than the bitmap, then the
 -- oldest of those found nowhere are taken as done: better not trained than trained twice.
 -- Returns {number of tickets done that the bitmap had lost, generated again, groups dropped, leases, retries and dead
--- tickets dropped, payloads dropped}. Errors: LOST.
+-- tickets dropped}. Errors: LOST.
 local first, following = redis.call('HGET', TICKETS, 'first'), redis.call('HGET', TICKETS, 'next')
 local epoch = redis.call('HGET', CLOCK, 'epoch')
 if not (first and following and epoch) then
@@ -31,7 +31,7 @@ local function place(ticket, structure)
     return true
 end
 
--- the stream, its consumer group and the payloads
+-- the stream and its consumer group
 local group = 'learner:' .. epoch
 local pending = redis.pcall('XPENDING', GROUPS, group, '-', '+', 10000000)
 if pending.err then
@@ -49,24 +49,21 @@ for _, entry in ipairs(pending) do is_pending[entry[1]] = true end
 local kept, num_groups_dropped = {}, 0
 local num_entries, num_bytes = {[true] = 0, [false] = 0}, {[true] = 0, [false] = 0}
 for _, entry in ipairs(redis.call('XRANGE', GROUPS, '-', '+')) do
-    local id, ticket, bytes = entry[1], entry[2][2], tonumber(entry[2][4] or '')
+    local id, ticket, bytes, payload = entry[1], entry[2][2], tonumber(entry[2][4] or ''), payload_key(entry[2][6] or '')
     local leased = not is_after(id, delivered)
-    if bytes and bytes == redis.call('HSTRLEN', PAYLOADS, id) and place(ticket) then
+    if bytes and bytes > 0 and bytes == redis.call('STRLEN', payload) and place(ticket) then
         kept[id] = true
         if leased and not is_pending[id] then redis.call('XCLAIM', GROUPS, group, 'learner', 0, id, 'FORCE', 'JUSTID') end
         num_entries[leased] = num_entries[leased] + 1
         num_bytes[leased] = num_bytes[leased] + bytes
     else
         redis.call('XDEL', GROUPS, id)
+        redis.call('DEL', payload)
         num_groups_dropped = num_groups_dropped + 1
     end
 end
 for id in pairs(is_pending) do
     if not kept[id] then redis.call('XACK', GROUPS, group, id) end
-end
-local num_payloads_dropped = 0
-for _, id in ipairs(redis.call('HKEYS', PAYLOADS)) do
-    if not kept[id] then num_payloads_dropped = num_payloads_dropped + redis.call('HDEL', PAYLOADS, id) end
 end
 
 -- everywhere else a ticket can be
@@ -106,4 +103,4 @@ redis.call('HSET', TICKETS, 'next', string.format('%d', following), 'issued', st
     'buffered', num_entries[false], 'leased', num_entries[true], 'buffered_bytes', num_bytes[false],
     'leased_bytes', num_bytes[true], 'trained', num_done - num_filtered, 'filtered', num_filtered)
 notify('retry', num_again)
-return {num_remembered, num_again, num_groups_dropped, num_dropped, num_payloads_dropped}
+return {num_remembered, num_again, num_groups_dropped, num_dropped}

@@ -1,21 +1,26 @@
 #!lua
--- Deliver the group of a lease. ARGV: ticket, encoded group
--- Returns {1} accepted; {0} the lease is gone; {2, waiting bytes, most bytes, events cursor} no room now.
-local ticket, payload = ARGV[1], ARGV[2]
+-- Deliver the group of a lease, whose payload was sent just before. ARGV: ticket, name of the payload
+-- Returns {1} accepted; {0} the lease is gone; {2, waiting bytes, most bytes, events cursor} no room now; {3} the payload
+-- is gone, send it again. A payload that was not accepted is deleted.
+local ticket, key = ARGV[1], payload_key(ARGV[2])
+local bytes, milliseconds_left = redis.call('STRLEN', key), redis.call('PTTL', key)
+if milliseconds_left == -1 then return {1} end -- this very payload was accepted before; the answer got lost
 if not redis.call('ZSCORE', GENERATING, ticket) then
+    redis.call('DEL', key)
     count('refused', 1)
     return {0}
 end
 -- leased groups do not count: only a checkpoint frees them, and a learner may need more groups to get there
 local waiting, most = counter('buffered_bytes'), tonumber(redis.call('HGET', CLOCK, 'max_bytes'))
-if waiting > 0 and waiting + #payload > most then
+if waiting > 0 and waiting + bytes > most then
+    redis.call('DEL', key)
     redis.call('HSET', TICKETS, 'full', 1)
     return {2, waiting, most, cursor()}
 end
-local id = redis.call('XADD', GROUPS, '*', 'ticket', ticket, 'bytes', #payload)
-redis.call('HSET', PAYLOADS, id, payload)
+if redis.call('PERSIST', key) == 0 then return {3} end
+redis.call('XADD', GROUPS, '*', 'ticket', ticket, 'bytes', bytes, 'payload', ARGV[2])
 redis.call('ZREM', GENERATING, ticket)
 count('generating', -1)
 count('buffered', 1)
-count('buffered_bytes', #payload)
+count('buffered_bytes', bytes)
 return {1}

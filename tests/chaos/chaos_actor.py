@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from buffer.connection import connect
+from buffer.keys import Keys
 from buffer.run import Buffer
 from buffer.tickets import ticket_member
 from protocol.errors import BufferUnavailableError
@@ -45,7 +46,9 @@ def _treat(buffer: Buffer, ticket: Ticket, version: int, rng: random.Random) -> 
         case "forget":
             pass
         case "rubbish":
-            buffer.groups._scripts.run("submit", ticket_member(ticket), rng.randbytes(200))
+            name = rng.randbytes(8).hex()
+            stage = ("SET", f"{Keys(buffer.run).payload}:{name}", rng.randbytes(200), "PX", 60_000)
+            buffer.groups._scripts.run_after(stage, "submit", ticket_member(ticket), name)
         case "renew":
             if not buffer.tickets.renew([ticket], LEASE_SECONDS):
                 buffer.groups.submit(group, 20)

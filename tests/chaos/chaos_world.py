@@ -14,7 +14,7 @@ from pathlib import Path
 
 import chaos_actor
 import chaos_learner
-from chaos_proxy import Proxy
+from failing_network import Proxy
 from server_faults import kill, truncate
 
 from buffer.connection import connect
@@ -70,6 +70,7 @@ class World:
         self.num_audits = 0
         self.sessions = 0
         self.zombies: list[Child] = []
+        self.agenda = self.rng.sample(sorted(self.kinds()), len(self.kinds()))  # each fault once, before chance decides
         self.server = EmbeddedServer.start(directory)
         self.proxy = Proxy(self.server.url.removeprefix("unix://"))
         self.client = connect(self.server.url, reconnect_seconds=20)
@@ -91,8 +92,17 @@ class World:
         self.client.close()
 
     def inject(self) -> None:
-        """One random fault."""
-        faults: dict[str, tuple[int, Callable[[], None]]] = {
+        """One fault."""
+        kinds = self.kinds()
+        by_chance = self.rng.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
+        name = self.agenda.pop() if self.agenda else by_chance
+        self.faults[name] += 1
+        kinds[name][1]()
+        self.restart_learner()
+
+    def kinds(self) -> dict[str, tuple[int, Callable[[], None]]]:
+        """Every fault, and how often it happens compared with others."""
+        return {
             "actor killed": (5, self.kill_actor),
             "actor stopped": (4, self.stop_actor),
             "learner killed": (4, self.kill_learner),
@@ -100,14 +110,11 @@ class World:
             "learner made a zombie": (2, self.make_zombie),
             "server killed": (2, self.kill_server),
             "server killed, last moments lost": (2, self.kill_server_and_forget),
+            "server and learner killed, last moments lost": (2, self.lose_power),
             "server stopped": (2, self.stop_server),
             "network cut": (4, self.cut_network),
             "network held up": (3, self.hold_network),
         }
-        name = self.rng.choices(list(faults), [weight for weight, _ in faults.values()])[0]
-        self.faults[name] += 1
-        faults[name][1]()
-        self.restart_learner()
 
     def pause(self, most_seconds: float) -> None:
         time.sleep(self.rng.random() * most_seconds)
@@ -166,13 +173,17 @@ class World:
         self.pause(0.5)
         self.server = EmbeddedServer.start(self.directory)
 
-    def kill_server_and_forget(self) -> None:
+    def lose_power(self) -> None:
+        self.kill_server_and_forget(self.kill_learner)
+
+    def kill_server_and_forget(self, before_the_crash: Callable[[], None] = lambda: None) -> None:
         """A crash of the machine: what was not on the disk is gone. Nothing that waits for the disk runs meanwhile."""
         version = self.version()
         self.wait_for(lambda: self.version() > version, 20, "the learner is at work")
         log = self.log()
         size = log.stat().st_size
         self.pause(1.0)
+        before_the_crash()
         kill(self.server)
         if self.log() == log:
             truncate(log, size)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import redis
-from buffer_samples import begin, make_group, publish_next, submit_new
+from buffer_samples import begin, make_group, payload_key, publish_next, submit_new
 
 from buffer.groups import Depth
 from buffer.keys import Keys
@@ -38,6 +38,44 @@ def test_submitting_twice_counts_once(buffer: Buffer, epoch: int) -> None:
     ledger = buffer.ledger()
     assert ledger.balanced
     assert (ledger.states["buffered"], ledger.events["refused"]) == (1, 1)
+
+
+def test_repeating_a_packet_whose_answer_was_lost_changes_nothing(
+    buffer: Buffer, epoch: int, redis_client: redis.Redis
+) -> None:
+    (ticket,) = buffer.tickets.issue(0, 1, 60).tickets
+    keys, payload = Keys(buffer.run), encode_group(make_group(ticket))
+    key = f"{keys.payload}:name"
+    packet = ("SET", key, payload, "PX", 60_000, "NX"), "submit", f"{ticket.index}:{ticket.attempt}", "name"
+    scripts = Scripts(redis_client, keys)
+    assert [scripts.run_after(*packet) for _ in range(3)] == [[1], [1], [1]]
+    assert redis_client.ttl(key) == -1
+    assert (buffer.ledger().states["buffered"], buffer.ledger().events["refused"]) == (1, 0)
+    (leased,) = buffer.groups.lease(epoch, 1, 1)
+    assert buffer.groups.commit(epoch, [leased.entry_id], step=1) == 1
+    assert scripts.run_after(*packet) == [0]
+    assert not redis_client.exists(key)
+    assert scripts.run("submit", f"{ticket.index}:{ticket.attempt}", "name") == [0]
+
+
+def test_a_payload_that_died_on_its_way_is_sent_again(buffer: Buffer, epoch: int, redis_client: redis.Redis) -> None:
+    (ticket,) = buffer.tickets.issue(0, 1, 60).tickets
+    scripts = Scripts(redis_client, Keys(buffer.run))
+    assert scripts.run("submit", f"{ticket.index}:{ticket.attempt}", "name") == [3]
+    assert buffer.groups.submit(make_group(ticket), 1)
+
+
+def test_no_payload_is_left_behind(buffer: Buffer, epoch: int, redis_client: redis.Redis) -> None:
+    tickets = submit_new(buffer, 6)
+    assert not buffer.groups.submit(make_group(tickets[0]), 1)
+    leased = buffer.groups.lease(epoch, 4, 1)
+    buffer.groups.commit(epoch, [leased[0].entry_id], step=1)
+    buffer.groups.return_stale(epoch, leased[1:2])
+    buffer.groups.mark_filtered(epoch, leased[2:3])
+    pattern = Keys(buffer.run).payload.replace("{", "*").replace("}", "*") + "*"
+    assert len(list(redis_client.scan_iter(pattern))) == 3
+    buffer.purge()
+    assert list(redis_client.scan_iter(pattern)) == []
 
 
 def test_a_group_no_learner_could_use_is_not_submitted(buffer: Buffer, epoch: int) -> None:
@@ -114,10 +152,10 @@ def test_poison_fails_its_ticket_and_leaves_the_batch_alone(
 ) -> None:
     keys = Keys(buffer.run)
     submit_new(buffer, 4)
-    entries = redis_client.xrange(keys.groups)
-    redis_client.hset(keys.payloads, entries[0][0], b"junk")
-    redis_client.hset(keys.payloads, entries[2][0], redis_client.hget(keys.payloads, entries[1][0]))
-    redis_client.hdel(keys.payloads, entries[3][0])
+    first, second, third, fourth = (payload_key(redis_client, keys, position) for position in range(4))
+    redis_client.set(first, b"junk")
+    redis_client.set(third, redis_client.get(second))
+    redis_client.delete(fourth)
     assert [item.group.ticket.index for item in buffer.groups.lease(epoch, 4, 1)] == [1]
     ledger = buffer.ledger()
     assert (ledger.states["retry"], ledger.events["poisoned"], ledger.states["leased"]) == (3, 3, 1)
@@ -125,12 +163,21 @@ def test_poison_fails_its_ticket_and_leaves_the_batch_alone(
     assert buffer.tickets.issue(0, 3, 60).tickets == [Ticket(0, 1), Ticket(2, 1), Ticket(3, 1)]
 
 
+def test_entries_of_other_hands_do_not_reach_the_learner(buffer: Buffer, epoch: int, redis_client: redis.Redis) -> None:
+    keys = Keys(buffer.run)
+    redis_client.xadd(keys.groups, {"a": "b"})
+    submit_new(buffer, 2)
+    redis_client.xdel(keys.groups, redis_client.xrange(keys.groups)[1][0])
+    assert [item.group.ticket.index for item in buffer.groups.lease(epoch, 4, 1)] == [1]
+    assert not buffer.ledger().balanced
+
+
 def test_poison_is_dead_in_the_end(buffer: Buffer, redis_client: redis.Redis) -> None:
     epoch = begin(buffer, max_attempts=1)
     publish_next(buffer, epoch)
     submit_new(buffer, 1)
     keys = Keys(buffer.run)
-    redis_client.hset(keys.payloads, redis_client.xrange(keys.groups)[0][0], b"junk" * 10)
+    redis_client.set(payload_key(redis_client, keys), b"junk" * 10)
     assert buffer.groups.lease(epoch, 1, 0) == []
     (dead,) = buffer.tickets.dead()
     assert dead.error.startswith("CodecError: not a group of format 1")

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import redis
 from buffer_model import Entry, Model
-from buffer_samples import begin, make_group, make_manifest
+from buffer_samples import begin, make_group, make_manifest, payload_key
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -26,7 +26,7 @@ from protocol.codec import encode_group
 from protocol.errors import BufferUnavailableError, FencedError
 from protocol.trajectory import Group, Ticket
 
-EXAMPLES = int(os.environ.get("VESPO_TEST_EXAMPLES", "160"))
+EXAMPLES = int(os.environ.get("VESPO_TEST_EXAMPLES", "80"))
 STEPS = 80
 
 
@@ -152,9 +152,8 @@ class BufferMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def poison(self, data: st.DataObject) -> None:
         entry = data.draw(st.sampled_from(self.model.buffered()))
-        place = self.model.stream.index(entry)
-        stream_id, _ = self.client.xrange(self.keys.groups)[place]
-        self.client.hset(self.keys.payloads, stream_id, b"x" * entry.num_bytes)
+        key = payload_key(self.client, self.keys, self.model.stream.index(entry))
+        self.client.set(key, b"x" * entry.num_bytes)
         entry.poisoned = True
 
     @rule(count=st.integers(1, 5))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import redis
-from buffer_samples import begin, make_group, publish_next, submit_new
+from buffer_samples import begin, make_group, payload_key, publish_next, submit_new
 
 from buffer.keys import Keys
 from buffer.run import Buffer
@@ -39,15 +39,21 @@ def some_entry(client: redis.Redis, keys: Keys, rng: random.Random) -> bytes:
     return rng.choice(client.xrange(keys.groups) or [(b"1-1", {})])[0]
 
 
+def some_payload(client: redis.Redis, keys: Keys, rng: random.Random) -> str:
+    num_entries = client.xlen(keys.groups)
+    return payload_key(client, keys, rng.randrange(num_entries)) if num_entries else f"{keys.payload}:none"
+
+
 HARMS: dict[str, Harm] = {
     "entry deleted": lambda c, k, r: c.xdel(k.groups, some_entry(c, k, r)),
-    "payload deleted": lambda c, k, r: c.hdel(k.payloads, some_entry(c, k, r)),
-    "payload cut": lambda c, k, r: c.hset(k.payloads, some_entry(c, k, r), b"short"),
-    "payload without entry": lambda c, k, r: c.hset(k.payloads, "1-1", b"x"),
+    "payload deleted": lambda c, k, r: c.delete(some_payload(c, k, r)),
+    "payload cut": lambda c, k, r: c.set(some_payload(c, k, r), b"short"),
+    "payload without entry": lambda c, k, r: c.set(f"{k.payload}:orphan", b"x"),
     "foreign entry": lambda c, k, r: c.xadd(k.groups, {"a": "b"}),
     "ticket doubled in the stream": lambda c, k, r: c.xadd(k.groups, {"ticket": f"{r.randrange(25)}:0", "bytes": 0}),
-    "acknowledged": lambda c, k, r: c.xack(k.groups, "learner:3", *[entry[0] for entry in c.xrange(k.groups)[:2]]),
-    "reader destroyed": lambda c, k, r: c.xgroup_destroy(k.groups, "learner:3"),
+    "acknowledged": lambda c, k, r: c.xack(k.groups, "learner:3", "1-1", *[e[0] for e in c.xrange(k.groups)[:2]]),
+    "entry added": lambda c, k, r: c.xadd(k.groups, {"ticket": "99:0", "bytes": 5, "payload": "none"}),
+    "reader destroyed": lambda c, k, r: c.exists(k.groups) and c.xgroup_destroy(k.groups, "learner:3"),
     "lease deleted": lambda c, k, r: c.zpopmin(k.generating),
     "lease doubled": lambda c, k, r: c.zadd(k.generating, {f"{r.randrange(25)}:1": 1e15}),
     "lease malformed": lambda c, k, r: c.zadd(k.generating, {"nonsense": 1}),
@@ -61,9 +67,12 @@ HARMS: dict[str, Harm] = {
     "done forgotten": lambda c, k, r: c.setbit(k.done, 0, 0),
     **{
         f"{name} deleted": lambda c, k, r, name=name: c.delete(getattr(k, name))  # type: ignore[misc]
-        for name in ("generating", "retry", "groups", "payloads", "dead", "events", "control")
+        for name in ("generating", "retry", "groups", "dead", "events", "control")
     },
 }
+
+
+HARMLESS = ("events deleted", "control deleted", "payload without entry")
 
 
 def goes_on(buffer: Buffer, epoch: int) -> None:
@@ -92,7 +101,7 @@ def expire_now(buffer: Buffer) -> None:
 def test_each_harm_is_found_and_repaired(buffer: Buffer, epoch: int, redis_client: redis.Redis, harm: str) -> None:
     keys, before = Keys(buffer.run), buffer.ledger()
     HARMS[harm](redis_client, keys, random.Random(3))
-    assert buffer.ledger().balanced == (harm in ("events deleted", "control deleted"))
+    assert buffer.ledger().balanced == (harm in HARMLESS)
     buffer.repair()
     after = buffer.ledger()
     assert after.discrepancies == []
@@ -117,6 +126,7 @@ def test_what_is_lost_is_generated_again_and_what_is_done_is_not(
 ) -> None:
     redis_client.delete(Keys(buffer.run).groups, Keys(buffer.run).generating)
     assert [line.split(" ", 1)[0] for line in buffer.repair()] == ["10", "8"]
+    assert list(redis_client.scan_iter(f"{Keys(buffer.run).payload}:*".replace("{", "?").replace("}", "?"))) == []
     states = buffer.ledger().states
     assert (states["retry"], states["trained"], states["filtered"], states["dead"]) == (13, 4, 2, 1)
 
