@@ -1,6 +1,6 @@
 """Chaos: a run whose actors, learner, server and network fail at random, and whose ledger balances all the same.
 
-Short by default; VESPO_CHAOS_SECONDS=240 makes it long, VESPO_CHAOS_SEED another one.
+Short by default; VESPO_CHAOS=long, which `make chaos` sets, lasts four minutes. VESPO_CHAOS_SEED picks the schedule.
 """
 
 import os
@@ -14,7 +14,8 @@ from chaos_world import World
 from buffer.embedded import EmbeddedServer
 from buffer.keys import Keys
 
-SECONDS = float(os.environ.get("VESPO_CHAOS_SECONDS", "20"))
+SECONDS = {"short": 20.0, "long": 240.0}[os.environ.get("VESPO_CHAOS", "short")]
+NUM_AUDITS = 50
 SEED = int(os.environ.get("VESPO_CHAOS_SEED", "1"))
 NUM_ACTORS = 4
 MEAN_GAP_SECONDS = 0.3
@@ -28,7 +29,7 @@ def test_nothing_is_lost_and_nothing_is_trained_twice(
     world = World(server_directory, SEED, NUM_ACTORS)
     try:
         deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or world.num_audits < NUM_AUDITS:
             world.pause(2 * MEAN_GAP_SECONDS)
             world.audit()
             world.inject()
@@ -54,7 +55,6 @@ def check_lineage(world: World, directory: Path) -> None:
     done = "".join(f"{byte:08b}" for byte in world.client.get(Keys(world.buffer.run).done))
     assert all(done[index] == "1" for index in tickets)
     assert done.count("1") == states["trained"] + states["filtered"]
-    assert world.num_audits > 20
 
 
 def report(world: World) -> str:

@@ -1,5 +1,6 @@
 """Processes in a real local Ray: what they print, how they end, and that none is left behind."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,11 +129,10 @@ def test_errors_arrive_as_outcomes(processes: RayProcesses, directory: RunDirect
 
 
 def test_ray_listens_on_the_loopback_interface_only(processes: RayProcesses) -> None:
-    listening = [
-        connection.laddr.ip
-        for process in psutil.Process().children(recursive=True)
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    listening = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ray starts helpers that end by themselves
+            connections = process.net_connections("inet")
+            listening += [connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN]
     assert listening
     assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
