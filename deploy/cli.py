@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from deploy.bench.command import bench
 from deploy.buffer_admin import buffer_app
 from deploy.console import fail
 from protocol.errors import VespoError
@@ -125,3 +126,6 @@ def status(run_dir: Annotated[Path, typer.Option("--run-dir", help="Run director
     from deploy.status import print_status
 
     print_status(RunDirectory(run_dir))
+
+
+app.command()(bench)
