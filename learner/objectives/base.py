@@ -5,6 +5,7 @@ as defaults. Cleaning the inputs, choosing the aggregation and dividing by the g
 `learner.objectives`, so that an objective's file holds nothing but its formula.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,6 +134,16 @@ def prepare(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, ma
     )
 
 
+def reinforce_weighted(terms: Terms, coefficient: Tensor) -> TokenLoss:
+    """−coefficient · advantage · log π for every token; `coefficient` `[B, T]` is detached."""
+    coefficient = coefficient.detach()
+    return TokenLoss(
+        -coefficient * terms.advantages * terms.logprobs,
+        terms.row_mean(coefficient),
+        sequence_sum(terms, terms.log_ratio),
+    )
+
+
 def sequence_sum(terms: Terms, log_ratio: Tensor) -> Tensor:
     """`[B]` detached sum over each row's counted tokens, accumulated in float64 because φ amplifies rounding."""
     return torch.where(terms.mask, log_ratio.detach(), 0).sum(1, dtype=torch.float64).to(log_ratio.dtype)
@@ -143,7 +154,11 @@ def aggregate(terms: Terms, token_loss: Tensor, aggregation: str, normaliser: Te
 
     Args:
         normaliser: what to divide by: tokens (token-mean) or non-empty rows (sequence-mean-token-mean) of the whole
-            step; None takes the count of this batch.
+            step; None takes the count of this batch. 0 goes with a step of nothing, whose loss is 0.
+
+    Raises:
+        ValueError: a normaliser that is negative or not finite (of a tensor only its shape is looked at, since reading
+            it would wait for the device).
     """
     if aggregation == TOKEN_MEAN:
         total = torch.where(terms.mask, token_loss, 0).sum()
@@ -152,5 +167,12 @@ def aggregate(terms: Terms, token_loss: Tensor, aggregation: str, normaliser: Te
         total = terms.row_mean(token_loss).sum()
         count = (terms.num_tokens > 0).sum()
     if normaliser is None:
-        normaliser = count.clamp(min=1)
-    return total / normaliser
+        return total / count.clamp(min=1)
+    if isinstance(normaliser, Tensor):
+        if normaliser.numel() != 1:
+            raise ValueError(f"normaliser {tuple(normaliser.shape)} must be one number")
+        divisor = normaliser.detach().reshape(())
+        return total / torch.where(divisor == 0, 1, divisor)
+    if not 0 <= normaliser < math.inf:
+        raise ValueError(f"normaliser {normaliser} must be a count: finite and >= 0")
+    return total / (normaliser or 1)

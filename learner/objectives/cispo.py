@@ -4,7 +4,7 @@ Source: arXiv 2506.13585; numerics of verl's `cispo` loss. Defaults: upper bound
 the ScaleRL study (arXiv 2510.13786) and of TRL.
 """
 
-from learner.objectives.base import Terms, TokenLoss, sequence_sum
+from learner.objectives.base import Terms, TokenLoss, reinforce_weighted
 
 
 def cispo(terms: Terms, *, ratio_min: float | None = None, ratio_max: float = 5.0) -> TokenLoss:
@@ -13,11 +13,6 @@ def cispo(terms: Terms, *, ratio_min: float | None = None, ratio_max: float = 5.
     Raises:
         ValueError: bounds that are negative or cross.
     """
-    if ratio_max <= 0 or (ratio_min is not None and not 0 <= ratio_min <= ratio_max):
-        raise ValueError(f"ratio_min {ratio_min} and ratio_max {ratio_max} must be 0 <= min <= max > 0")
-    coefficient = terms.ratio().detach().clamp(ratio_min, ratio_max)
-    return TokenLoss(
-        -coefficient * terms.advantages * terms.logprobs,
-        terms.row_mean(coefficient),
-        sequence_sum(terms, terms.log_ratio),
-    )
+    if not (ratio_max > 0 and (ratio_min is None or 0 <= ratio_min <= ratio_max)):
+        raise ValueError(f"ratio_min {ratio_min} and ratio_max {ratio_max} must be 0 <= min <= max, and max above 0")
+    return reinforce_weighted(terms, terms.ratio().clamp(ratio_min, ratio_max))

@@ -6,6 +6,7 @@ cap.
 """
 
 import torch
+from torch import Tensor
 
 from learner.objectives.base import Terms, TokenLoss, sequence_sum
 
@@ -16,14 +17,19 @@ def grpo(terms: Terms, *, clip_low: float = 0.2, clip_high: float = 0.28, dual_c
     Raises:
         ValueError: a clip bound below 0, or `dual_clip` not above 1.
     """
-    if clip_low < 0 or clip_high < 0 or (dual_clip is not None and dual_clip <= 1):
+    if not (clip_low >= 0 and clip_high >= 0 and (dual_clip is None or dual_clip > 1)):
         raise ValueError(
             f"clip_low {clip_low} and clip_high {clip_high} must be >= 0, dual_clip {dual_clip} above 1 or None"
         )
+    return clipped(terms, 1 - clip_low, 1 + clip_high, dual_clip)
+
+
+def clipped(terms: Terms, low: float | Tensor, high: float | Tensor, dual_clip: float | None) -> TokenLoss:
+    """The clipped surrogate with the ratio's bounds `[low, high]`, two numbers or two scalar tensors."""
     ratio, advantages = terms.ratio(), terms.advantages
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-    beyond = torch.where(advantages >= 0, ratio > 1 + clip_high, ratio < 1 - clip_low)
+    within = ratio.clamp(low, high)  # type: ignore[arg-type]  # its stub wants both of one kind, which they are
+    loss = torch.maximum(-advantages * ratio, -advantages * within)
+    beyond = torch.where(advantages >= 0, ratio > high, ratio < low)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
         beyond = beyond | ((advantages < 0) & (ratio > dual_clip))

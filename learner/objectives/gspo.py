@@ -16,7 +16,7 @@ def gspo(terms: Terms, *, clip_low: float = 3e-4, clip_high: float = 4e-4) -> To
     Raises:
         ValueError: a clip bound below 0.
     """
-    if clip_low < 0 or clip_high < 0:
+    if not (clip_low >= 0 and clip_high >= 0):
         raise ValueError(f"clip_low {clip_low} and clip_high {clip_high} must be >= 0")
     mean_log_ratio = terms.row_mean(terms.log_ratio.detach())
     # Every token has the value of the sequence's mean and the gradient of its own log-prob.

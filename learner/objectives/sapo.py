@@ -14,10 +14,10 @@ def sapo(terms: Terms, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> TokenL
     Raises:
         ValueError: a temperature that is not positive.
     """
-    if tau_pos <= 0 or tau_neg <= 0:
+    if not (tau_pos > 0 and tau_neg > 0):
         raise ValueError(f"tau_pos {tau_pos} and tau_neg {tau_neg} must be > 0")
     ratio = terms.ratio()
-    tau = torch.where(terms.advantages > 0, tau_pos, tau_neg).to(ratio.dtype)
+    tau = torch.full_like(terms.advantages, tau_neg).masked_fill(terms.advantages > 0, tau_pos)
     gate = torch.sigmoid(tau * (ratio - 1))
     coefficient = (4 * gate * (1 - gate) * ratio).detach()
     return TokenLoss(
