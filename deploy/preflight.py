@@ -11,6 +11,7 @@ from buffer.store import WeightStore
 from deploy.connect import check_identity, connect_url, placed
 from deploy.rundir import RunDirectory
 from protocol.errors import SettingsError, WeightStoreError
+from protocol.objectives import OBJECTIVES
 from protocol.settings import Settings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -34,6 +35,7 @@ def preflight(settings: Settings, directory: RunDirectory, *, learner: bool = Tr
         VespoError: what is wrong, where, and what to do.
     """
     check_task(settings)
+    check_objective(settings)
     if settings.model.device == "cuda" and not any(Path(device).exists() for device in GPU_DEVICES):
         raise SettingsError('model.device = "cuda", but this machine shows no GPU; use "auto" or "cpu"')
     if learner and settings.model.path is not None:
@@ -70,13 +72,28 @@ def check_task(settings: Settings) -> None:
     module, _, class_name = name.partition(":")
     if not module or not class_name.isidentifier():
         raise SettingsError(f'task.name = {name!r} is neither one of {sorted(BUILT_IN)} nor "package.module:Class"')
+    _check_module("task.name", name, module)
+
+
+def check_objective(settings: Settings) -> None:
+    """The module of an objective of one's own exists; the learner checks the rest, for importing it needs torch.
+
+    Raises:
+        SettingsError: there is no such module.
+    """
+    name = settings.objective.name
+    if name not in OBJECTIVES:
+        _check_module("objective.name", name, name.partition(":")[0])
+
+
+def _check_module(key: str, name: str, module: str) -> None:
     try:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # a parent package is missing, or no package
         found = False
     if not found:
         raise SettingsError(
-            f"task.name = {name!r}: there is no module {module}; run in the directory that holds it, or install it"
+            f"{key} = {name!r}: there is no module {module}; run in the directory that holds it, or install it"
         )
 
 

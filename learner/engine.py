@@ -1,7 +1,7 @@
 """DeepSpeed behind four verbs: update the policy, snapshot its weights, probe its log-probs, save and load its state.
 
-The gradient is that of the loss over the step's global batch: each micro-batch is divided by the token count of the
-whole step, DeepSpeed neither divides by accumulation steps nor decides where a step ends. One process needs no
+The gradient is that of the loss over the step's global batch: each micro-batch is divided by the count of the whole
+step, DeepSpeed neither divides by accumulation steps nor decides where a step ends. One process needs no
 launcher; RANK and WORLD_SIZE of one are used when they are set. Offload and schedules are left out.
 """
 
@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from learner.batch import MicroBatch, StepBatch
 from learner.logprobs import Policy, scatter_rows
-from learner.objectives import ObjectiveResult, compute_objective
+from learner.loss import StepLoss
+from learner.objectives import ObjectiveResult
 from learner.sharding import initialize, join_process_group, wraps_optimizer
 from learner.weights import checkpoint_tensors
 from protocol.errors import CheckpointError, NonFiniteError
@@ -76,8 +77,10 @@ class Engine:
 
         Raises:
             ValueError: the device is not there, or the model's head is one the learner does not compute.
+            SettingsError: the recipe's objective cannot be imported, or does not take its options.
         """
         self._settings = settings
+        self._loss = StepLoss(settings.objective)
         self.device = join_process_group(settings.model.device)
         torch.set_num_threads(settings.learner.cpu_threads)
         torch.manual_seed(settings.run.seed)
@@ -118,14 +121,15 @@ class Engine:
         """
         table = torch.zeros((5, len(batch.completions)), dtype=torch.float64, device=self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        share = self._share(batch.micro_batches, batch.spare) or [batch.spare.to(self.device)]
+        normaliser, statistics = self._loss.normaliser(batch), self._look_ahead(share)
         with torch.no_grad():
             for micro in self._share(batch.quiet, batch.spare):
-                self._forward(micro, batch.num_tokens, table)
-        share = self._share(batch.micro_batches, batch.spare) or [batch.spare.to(self.device)]
+                self._forward(micro, normaliser, statistics, table)
         for number, micro in enumerate(share, 1):
             self._deepspeed.set_gradient_accumulation_boundary(number == len(share))
-            part = self._forward(micro, batch.num_tokens, table)
-            # DeepSpeed averages gradients over ranks; the normaliser already counts the tokens of all of them.
+            part = self._forward(micro, normaliser, statistics, table)
+            # DeepSpeed averages gradients over ranks; the normaliser already counts what all of them have.
             self._deepspeed.backward(part * self._world_size, scale_wrt_gas=False)
             loss += part.detach()
         if self._world_size > 1:
@@ -147,25 +151,28 @@ class Engine:
         mine = list(micro_batches[self._rank :: self._world_size])
         return [micro.to(self.device) for micro in mine + [spare] * (num_rounds - len(mine))]
 
-    def _forward(self, micro: MicroBatch, num_tokens: int, table: Tensor) -> Tensor:
-        """A micro-batch's part of the loss; fills its columns of `table` `[5, S]`."""
+    def _look_ahead(self, share: Sequence[MicroBatch]) -> Tensor | None:
+        """What the objective must know about the whole step, from a pass without gradient; None for most objectives."""
+        if not self._loss.looks_ahead:
+            return None
+        with torch.no_grad():
+            parts = [self._loss.statistics(self._logprobs(micro)[0], micro) for micro in share]
+        total = torch.stack([part for part in parts if part is not None]).sum(0)
+        if self._world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
+    def _logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs `[B, T]` of a micro-batch's tokens, and entropies `[N]` of those that count."""
         chosen, entropies = self._deepspeed(
             micro.tokens, micro.positions, micro.targets, self._settings.task.temperature
         )
-        logprobs = scatter_rows(chosen, micro.mask)
-        objective = self._settings.objective
-        result = compute_objective(
-            objective.name,
-            logprobs,
-            micro.behaviour_logprobs,
-            micro.advantages,
-            micro.mask,
-            normaliser=max(num_tokens, 1),
-            k_pos=objective.k_pos,
-            lambda_pos=objective.lambda_pos,
-            k_neg=objective.k_neg,
-            lambda_neg=objective.lambda_neg,
-        )
+        return scatter_rows(chosen, micro.mask), entropies
+
+    def _forward(self, micro: MicroBatch, normaliser: int, statistics: Tensor | None, table: Tensor) -> Tensor:
+        """A micro-batch's part of the loss; fills its columns of `table` `[5, S]`."""
+        logprobs, entropies = self._logprobs(micro)
+        result = self._loss.part(logprobs, micro, normaliser, statistics)
         if len(micro.rows):
             table[:, micro.rows] = _per_sequence(result, micro, logprobs.detach(), entropies).double()
         return result.loss

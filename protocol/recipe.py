@@ -3,7 +3,8 @@
 Later layers win: defaults, recipe, environment, command line. Every mistake of every layer is collected and reported at
 once, each with the place it came from. Values of variables and arguments are read as TOML, or else as plain text; an
 empty value returns the key to its default. If one layer gives `model.path` and another `model.toy`, the later one is
-meant and the other dropped. Relative paths are relative to the working directory.
+meant and the other dropped; if a layer chooses another objective, what earlier layers set for the old one is dropped
+too. Relative paths are relative to the working directory.
 """
 
 import re
@@ -16,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from protocol import objectives
 from protocol.errors import SettingsError
 from protocol.recipe_keys import KeyPath, all_keys, describe, find_field, is_section, nearest, sections, takes_text
 from protocol.settings import Settings
@@ -79,7 +81,7 @@ def resolve(recipe_path: Path | str, overrides: Sequence[str], environ: Mapping[
         *_from_environment(environ, problems),
         *_from_arguments(overrides, problems),
     ]
-    assignments = _one_model_source(assignments)
+    assignments = _one_objective(_one_model_source(assignments))
     merged: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
     for assignment in assignments:
@@ -88,7 +90,8 @@ def resolve(recipe_path: Path | str, overrides: Sequence[str], environ: Mapping[
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
-        problems += [_translate(e, origins, Path(recipe_path)) for e in error.errors()]
+        objective = merged.get("objective", {}).get("name", objectives.DEFAULT)
+        problems += [_translate(e, origins, Path(recipe_path), objective) for e in error.errors()]
     if problems or settings is None:
         raise SettingsError("\n".join(dict.fromkeys(problems)))
     leaves = _leaves(settings.model_dump(mode="json"), ())
@@ -206,6 +209,21 @@ def _one_model_source(assignments: list[_Assignment]) -> list[_Assignment]:
     return [a for a in assignments if a.path[:2] != ("model", dropped)]
 
 
+def _one_objective(assignments: list[_Assignment]) -> list[_Assignment]:
+    """Drop hyperparameters of an objective that a later layer replaces by another."""
+    chosen, since = objectives.DEFAULT, 0
+    for assignment in assignments:
+        if assignment.path == ("objective", "name"):
+            name = assignment.value or objectives.DEFAULT
+            since = max(since, assignment.layer) if name != chosen else since
+            chosen = name
+    return [a for a in assignments if not (a.layer < since and _is_hyperparameter(a.path))]
+
+
+def _is_hyperparameter(path: KeyPath) -> bool:
+    return len(path) > 1 and path[0] == "objective" and path[1] not in objectives.COMMON
+
+
 def _assign(merged: dict[str, Any], origins: dict[KeyPath, str], assignment: _Assignment) -> None:
     *parents, name = assignment.path
     table = merged
@@ -224,12 +242,14 @@ def _assign(merged: dict[str, Any], origins: dict[KeyPath, str], assignment: _As
         origins[assignment.path] = assignment.origin
 
 
-def _translate(error: ErrorDetails, origins: Mapping[KeyPath, str], recipe_path: Path) -> str:
+def _translate(error: ErrorDetails, origins: Mapping[KeyPath, str], recipe_path: Path, objective: str) -> str:
     """One line a person can act on: key, value, origin, what is wrong, what the key means."""
     path = tuple(part for part in error["loc"] if isinstance(part, str))
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
     if error["type"] == "missing":
         return f"recipe {recipe_path}: {'.'.join(path)} is missing{_missing_hint(path)}"
+    if error["type"] == "extra_forbidden":  # a key of another objective: keys that none has were found before
+        return f"{'.'.join(path)} ({_origin(path, origins)}): {objectives.stray(objective, path[-1])}"
     while len(path) > 1 and path not in origins and find_field(path) is None:
         path = path[:-1]
     key = ".".join(path)
@@ -240,6 +260,11 @@ def _translate(error: ErrorDetails, origins: Mapping[KeyPath, str], recipe_path:
     shown = redact(path[-1], error["input"])
     doc = describe(path)
     return f"{key} = {shown!r} ({origins.get(path, DEFAULT)}): {message}" + (f". {doc}" if doc else "")
+
+
+def _origin(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
+    """Where the value of a key came from; of a free table, where its first one did."""
+    return next((origin for key, origin in origins.items() if key[: len(path)] == path), DEFAULT)
 
 
 def _missing_hint(path: KeyPath) -> str:

@@ -1,4 +1,7 @@
-"""Which keys a recipe may hold, what they mean, which one somebody meant: derived from `protocol.settings` alone."""
+"""Which keys a recipe may hold, what they mean, which one somebody meant: derived from `protocol.settings` alone.
+
+Under `[objective]` stand the keys of every objective; which of them the chosen one has is for its table to say.
+"""
 
 from collections.abc import Iterator
 from difflib import SequenceMatcher
@@ -8,6 +11,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from protocol.objectives import TABLES, ObjectiveSettings
 from protocol.settings import Settings
 
 KeyPath = tuple[str, ...]
@@ -22,7 +26,10 @@ def sections() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _fields() -> dict[KeyPath, FieldInfo]:
-    return dict(_walk(Settings, ()))
+    fields: dict[KeyPath, FieldInfo] = {}
+    for path, field in _walk(Settings, ()):
+        fields.setdefault(path, field)  # the first table that has a key documents it
+    return fields
 
 
 @lru_cache(maxsize=1)
@@ -85,7 +92,8 @@ def _walk(model: type[BaseModel], prefix: KeyPath) -> Iterator[tuple[KeyPath, Fi
     for name, field in model.model_fields.items():
         yield (*prefix, name), field
         if (inner := _model_of(field.annotation)) is not None:
-            yield from _walk(inner, (*prefix, name))
+            for table in TABLES if inner is ObjectiveSettings else (inner,):
+                yield from _walk(table, (*prefix, name))
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

@@ -5,16 +5,13 @@ One `Settings` describes the whole run, so that any process of it can be started
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from protocol.objectives import ObjectiveSettings, VespoSettings, choose
+from protocol.section import Section
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Port = Annotated[int, Field(ge=1, le=65535)]
-
-
-class Section(BaseModel):
-    """Base of all settings: unknown keys are errors, values do not change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunSettings(Section):
@@ -97,21 +94,6 @@ class TaskSettings(Section):
                 "1; leave top_p = 1 and top_k = 0"
             )
         return self
-
-
-class ObjectiveSettings(Section):
-    name: Literal["vespo"] = "vespo"
-    """The policy objective."""
-    k_pos: float = Field(default=2.0, ge=1, le=100)
-    """Kernel exponent k for advantages ≥ 0; below 1 the second moment of the weights is unbounded."""
-    lambda_pos: float = Field(default=3.0, gt=0, le=100)
-    """Kernel rate λ for advantages ≥ 0."""
-    k_neg: float = Field(default=3.0, ge=1, le=100)
-    """Kernel exponent k for advantages < 0."""
-    lambda_neg: float = Field(default=2.0, gt=0, le=100)
-    """Kernel rate λ for advantages < 0."""
-    normalise_std: bool = False
-    """Divide advantages by their group's standard deviation (the authors' scripts) or not (the paper's text)."""
 
 
 class LearnerSettings(Section):
@@ -221,12 +203,17 @@ class Settings(Section):
     run: RunSettings = RunSettings()
     model: ModelSettings
     task: TaskSettings = TaskSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
+    objective: SerializeAsAny[ObjectiveSettings] = VespoSettings()
     learner: LearnerSettings = LearnerSettings()
     actors: ActorSettings = ActorSettings()
     buffer: BufferSettings = BufferSettings()
     weights: WeightSettings = WeightSettings()
     metrics: MetricsSettings = MetricsSettings()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _chosen(cls, values: Any) -> Any:
+        return choose(values)
 
     @property
     def groups_per_version(self) -> int:

@@ -7,8 +7,8 @@ the ScaleRL study (arXiv 2510.13786) and of TRL.
 from learner.objectives.base import Terms, TokenLoss, reinforce_weighted
 
 
-def cispo(terms: Terms, *, ratio_min: float | None = None, ratio_max: float = 5.0) -> TokenLoss:
-    """The ratio is clamped to `[ratio_min, ratio_max]`; None means no lower bound.
+def cispo(terms: Terms, *, ratio_min: float | None = 0.0, ratio_max: float = 5.0) -> TokenLoss:
+    """The ratio is clamped to `[ratio_min, ratio_max]`; 0 and None mean no lower bound.
 
     Raises:
         ValueError: bounds that are negative or cross.

@@ -83,8 +83,12 @@ def test_config_shows_origins(tmp_path: Path) -> None:
 
 
 def test_config_prints_a_valid_recipe(tmp_path: Path) -> None:
-    (tmp_path / "again.toml").write_text(Result("config", RECIPE, cwd=tmp_path).out)
-    assert Result("config", tmp_path / "again.toml", cwd=tmp_path).code == 0
+    for name, arguments in (("vespo", []), ("grpo", ["objective.name=grpo", "objective.dual_clip=off"])):
+        (tmp_path / "again.toml").write_text(Result("config", RECIPE, *arguments, cwd=tmp_path).out)
+        rows = json.loads(Result("config", tmp_path / "again.toml", "--json", cwd=tmp_path).out)
+        values = {row["key"]: row["value"] for row in rows}
+        assert values["objective.name"] == name
+        assert values.get("objective.dual_clip", "off") == "off"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,9 @@ def test_config_prints_a_valid_recipe(tmp_path: Path) -> None:
         (["task.top_p=0.9"], 2, ["top_p", "biased"]),
         (["task.group_size=1"], 2, ["task.group_size", "greater than or equal to 2"]),
         (["objective.k_pos=0.9"], 2, ["objective.k_pos", "second moment"]),
+        (["objective.name=grpo", "objective.clip_hi=0.1"], 2, ["objective.clip_hi", "objective.clip_high"]),
+        (["objective.name=grpo", "objective.k_pos=3"], 2, ["objective.k_pos", "grpo", "clip_low"]),
+        (["objective.name=no_such_module:loss"], 2, ["objective.name", "no_such_module"]),
         (["model.path=nowhere"], 2, ["nowhere", "no directory"]),
         (["task.name=no_such_module:Task"], 2, ["no_such_module"]),
         (["task.name=sums"], 2, ["arithmetic", "package.module:Class"]),

@@ -7,7 +7,7 @@ import pytest
 
 from buffer.connection import connect
 from buffer.embedded import EmbeddedServer
-from deploy.preflight import check_model, check_task, preflight
+from deploy.preflight import check_model, check_objective, check_task, preflight
 from deploy.rundir import RunDirectory
 from protocol.errors import SettingsError, WeightStoreError
 from protocol.settings import Settings
@@ -76,6 +76,17 @@ def test_tasks_that_exist(name: str) -> None:
 def test_tasks_that_do_not(name: str) -> None:
     with pytest.raises(SettingsError, match=r"task\.name"):
         check_task(make_settings(task={"name": name}))
+
+
+@pytest.mark.parametrize("name", ["grpo", "learner.objectives.tis:tis"])
+def test_objectives_that_exist(name: str) -> None:
+    check_objective(make_settings(objective={"name": name}))
+
+
+@pytest.mark.parametrize("name", ["no.such:f", "json.x:f"])
+def test_objectives_that_do_not(name: str) -> None:
+    with pytest.raises(SettingsError, match=r"objective\.name.*there is no module"):
+        check_objective(make_settings(objective={"name": name}))
 
 
 def test_a_toy_on_an_embedded_server_passes(tmp_path: Path) -> None:
