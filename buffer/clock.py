@@ -1,6 +1,7 @@
 """The policy clock: which version is newest, what it consists of, and waiting for the next one."""
 
 import time
+from collections.abc import Sequence
 
 import redis
 
@@ -18,18 +19,15 @@ _FIELDS = ("version", "step", "epoch", "groups_per_version", "max_lag", "base", 
 class PolicyClock:
     """The run's clock. Only the learner's current epoch moves it; everybody reads."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, scripts: Scripts, events: Events) -> None:
+    def __init__(self, client: redis.Redis, keys: Keys, scripts: Scripts, versions: Events) -> None:
         self._client = client
         self._keys = keys
         self._scripts = scripts
-        self._events = events
+        self._versions = versions
 
     def read(self) -> ClockState | None:
         """One atomic reading, or None if no learner has begun this run. Version -1: nothing is published yet."""
-        values = command(self._client, "HMGET", self._keys.clock, *_FIELDS)
-        if values[0] is None:
-            return None
-        return ClockState(**{name: int(value) for name, value in zip(_FIELDS, values, strict=True)})
+        return parse_clock(command(self._client, *clock_line(self._keys)))
 
     def publish(self, manifest: Manifest) -> None:
         """Make a version the newest one; its payload must be in the weight store. Safe to repeat.
@@ -60,9 +58,21 @@ class PolicyClock:
         """Block until a version above `newer_than` is published; the newest one's manifest, or None at the timeout."""
         deadline = time.monotonic() + timeout_seconds
         while True:
-            cursor = self._events.cursor()
+            cursor = self._versions.cursor()
             manifest = self.latest_manifest()
             if manifest is not None and manifest.version > newer_than:
                 return manifest
-            if not self._events.wait(cursor, deadline - time.monotonic()):
+            if not self._versions.wait(cursor, deadline - time.monotonic()):
                 return None
+
+
+def clock_line(keys: Keys) -> tuple[str, ...]:
+    """Command whose reply `parse_clock` reads."""
+    return ("HMGET", keys.clock, *_FIELDS)
+
+
+def parse_clock(values: Sequence[bytes | None]) -> ClockState | None:
+    """The clock's state; None if no learner has begun the run."""
+    if values[0] is None:
+        return None
+    return ClockState(**{name: int(value or 0) for name, value in zip(_FIELDS, values, strict=True)})

@@ -1,23 +1,26 @@
 """Reaching the Redis server: one way to connect, to retry, to check its policy and to name it in messages.
 
-Left out: Sentinel and Cluster clients. All keys of a run share a hash slot, so a client of either kind will do.
+One server, Sentinel and Cluster differ only in how the address is found (`buffer.topology`), clients of asyncio only in
+who waits (`buffer.aio_connection`).
 """
 
 import re
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import redis
-from redis.backoff import ExponentialWithJitterBackoff
+import redis.asyncio
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.retry import Retry
 
 from buffer.reader import connection_options
+from buffer.topology import URL_FORMS, LocatedConnection, LocatedTlsConnection, is_final, parse_target
 from protocol.errors import BufferPolicyError, BufferUnavailableError
 
 T = TypeVar("T")
+Client = redis.Redis | redis.asyncio.Redis
 
 SOCKET_TIMEOUT_SECONDS = 10.0
 """Silence after which a connection counts as dead; blocking reads ask for less (`events.BLOCK_SECONDS`)."""
@@ -26,11 +29,31 @@ MINIMUM_VERSION = (7, 0)
 REFUSALS = ("OOM", "READONLY", "MISCONF", "NOPERM", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN")
 
 
-class DeadlineRetry(Retry):
-    """Retries a dropped connection with growing pauses until `seconds` have passed since the first failure."""
+class Patience:
+    """Growing pauses between tries, until `seconds` have passed since the first failure."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(ExponentialWithJitterBackoff(base=0.02, cap=1.0), retries=-1)
+        self._seconds = seconds
+        self._backoff = ExponentialWithJitterBackoff(base=0.02, cap=1.0)
+        self._deadline: float | None = None
+        self._failures = 0
+
+    def pause_seconds(self, error: Exception) -> float | None:
+        """How long to wait after `error` before trying again; None: give up."""
+        if is_final(error):
+            return None
+        # counted from the first failure: a blocking read may have waited long before its connection broke
+        self._deadline = self._deadline or time.monotonic() + self._seconds
+        self._failures += 1
+        pause: float = self._backoff.compute(self._failures)
+        return None if time.monotonic() + pause > self._deadline else pause
+
+
+class DeadlineRetry(Retry):
+    """Retries a dropped connection as long as `Patience` lasts."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(NoBackoff(), retries=-1)
         self.seconds = seconds
 
     def call_with_retry(
@@ -40,7 +63,7 @@ class DeadlineRetry(Retry):
         is_retryable: Callable[[Exception], bool] | None = None,
         with_failure_count: bool = False,
     ) -> T:
-        deadline: float | None = None
+        patience = Patience(self.seconds)
         failures = 0
         while True:
             try:
@@ -51,59 +74,61 @@ class DeadlineRetry(Retry):
                     fail(error, failures)
                 else:
                     fail(error)
-                if _is_final(error) or (is_retryable and not is_retryable(error)):
-                    raise
-                # counted from the first failure: a blocking read may have waited long before its connection broke
-                deadline = deadline or time.monotonic() + self.seconds
-                pause = self._backoff.compute(failures)
-                if time.monotonic() + pause > deadline:
+                pause = patience.pause_seconds(error)
+                if pause is None or (is_retryable and not is_retryable(error)):
                     raise
                 time.sleep(pause)
 
 
-def _is_final(error: Exception) -> bool:
-    """Wrong credentials and certificates do not become right by waiting; redis-py files both under ConnectionError."""
-    return isinstance(error, redis.AuthenticationError) or isinstance(error.__context__, ssl.SSLCertVerificationError)
-
-
-def connect(url: str, *, reconnect_seconds: float = 60.0, wait: bool = True) -> redis.Redis:
-    """Connect to `redis://`, `rediss://` or `unix://` and prove it with a ping.
+def connect(url: str, *, run: str | None = None, reconnect_seconds: float = 60.0, wait: bool = True) -> redis.Redis:
+    """Connect to the server of a run and prove it with a ping.
 
     Args:
-        url: may carry user, password and database number.
-        reconnect_seconds: how long any later command tries to reach a server that went away.
+        url: of one of `buffer.topology.URL_FORMS`; may carry user, password and database number.
+        run: the run that the client is for. A Cluster client needs it, and must not be used for another run.
+        reconnect_seconds: how long any later command tries to reach a server that went away, or its successor.
         wait: whether the first ping may wait that long too; without it an unreachable server is an error at once.
 
     Returns:
         A thread-safe client whose replies are bytes.
 
     Raises:
-        ValueError: `url` is not a Redis URL.
+        ValueError: `url` is not a Redis URL, or lacks something.
         BufferUnavailableError: the server cannot be reached, or refuses the credentials.
     """
     probe_seconds = reconnect_seconds if wait else 0.0
     timeout_seconds = SOCKET_TIMEOUT_SECONDS if wait else PROBE_TIMEOUT_SECONDS
-    probe = _client(url, probe_seconds, timeout_seconds)
+    probe = _client(url, run, probe_seconds, timeout_seconds)
     try:
         with guard(probe):
             probe.ping()
     finally:
         probe.close()
-    return _client(url, reconnect_seconds, SOCKET_TIMEOUT_SECONDS)
+    return _client(url, run, reconnect_seconds, SOCKET_TIMEOUT_SECONDS)
 
 
-def _client(url: str, reconnect_seconds: float, timeout_seconds: float) -> redis.Redis:
+def _client(url: str, run: str | None, reconnect_seconds: float, timeout_seconds: float) -> redis.Redis:
+    with url_mistakes(url):
+        target = parse_target(url, run)
+        options = connection_options() | timeouts(timeout_seconds)
+        if target.locator is not None:
+            options["locator"] = target.locator
+            options["connection_class"] = LocatedTlsConnection if target.tls else LocatedConnection
+        return redis.Redis.from_url(target.url, protocol=2, retry=DeadlineRetry(reconnect_seconds), **options)
+
+
+def timeouts(seconds: float) -> dict[str, float]:
+    """How long a socket may be silent, as a client's keyword arguments."""
+    return {"socket_timeout": seconds, "socket_connect_timeout": min(seconds, 5.0)}
+
+
+@contextmanager
+def url_mistakes(url: str) -> Iterator[None]:
+    """What is wrong with `url`, in words that do not show its secrets."""
     try:
-        return redis.Redis.from_url(
-            url,
-            protocol=2,
-            retry=DeadlineRetry(reconnect_seconds),
-            socket_timeout=timeout_seconds,
-            socket_connect_timeout=min(timeout_seconds, 5.0),
-            **connection_options(),
-        )
+        yield
     except ValueError as error:
-        raise ValueError(f"{redact_url(url)!r} is not a Redis URL (redis://, rediss://, unix://): {error}") from None
+        raise ValueError(f"{redact_url(url)!r} is not a Redis URL ({URL_FORMS}): {error}") from None
 
 
 def check_server(client: redis.Redis, *, embedded: bool) -> list[str]:
@@ -140,7 +165,7 @@ def command(client: redis.Redis, *arguments: str | bytes | int | float) -> Any:
 
 
 @contextmanager
-def guard(client: redis.Redis) -> Iterator[None]:
+def guard(client: Client) -> Iterator[None]:
     """Attribute failures of the connection, after its retries, and refusals of the server to the buffer boundary.
 
     Raises:
@@ -161,9 +186,11 @@ def guard(client: redis.Redis) -> Iterator[None]:
         raise BufferUnavailableError(f"Redis at {describe(client)} refuses commands: {code} {error}") from error
 
 
-def describe(client: redis.Redis) -> str:
-    """The server's address without credentials."""
+def describe(client: Client) -> str:
+    """The server's address without credentials, or who is asked for it."""
     options = client.connection_pool.connection_kwargs
+    if "locator" in options:
+        return str(options["locator"])
     if "path" in options:
         return f"unix://{options['path']}"
     return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db') or 0}"

@@ -4,11 +4,10 @@ Left out: several learner readers. One process leases (rank 0) and hands groups 
 """
 
 import logging
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import redis
 
@@ -16,18 +15,14 @@ from buffer.connection import command, describe, guard
 from buffer.events import Events
 from buffer.keys import Keys
 from buffer.scripts import Scripts
+from buffer.submission import Obstacle, Submission
 from buffer.tickets import MAX_ERROR_CHARACTERS, parse_ticket, ticket_member
-from protocol.codec import decode_group, encode_group
-from protocol.errors import BufferUnavailableError, CodecError
+from protocol.codec import decode_group
+from protocol.errors import CodecError
 from protocol.trajectory import Group, Ticket
 
-MEMORY_RESERVE = 0.1
-"""Share of the server's maxmemory that submitters leave free, so that transitions can go on."""
-STAGED_MILLISECONDS = 60_000
-"""Life of a payload that no script accepts. Its script follows in microseconds, unless the server stands still."""
 FETCH_BYTES = 1 << 19
 """Payloads read in one reply: a client that gets many megabytes at once spends its time copying."""
-NO_ROOM, PAYLOAD_IS_GONE = 2, 3  # replies of submit.lua
 log = logging.getLogger(__name__)
 
 
@@ -57,11 +52,12 @@ class Depth:
 class Groups:
     """The run's stream of groups."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, scripts: Scripts, events: Events) -> None:
+    def __init__(self, client: redis.Redis, keys: Keys, scripts: Scripts, events: Events, space: Events) -> None:
         self._client = client
         self._keys = keys
         self._scripts = scripts
         self._events = events
+        self._space = space
         self._maxmemory: int | None = None
         self._reader = (0, "0-0")  # the epoch that leases here, and the last entry it has seen
         self._held: dict[int, str] = {}  # index of each ticket in the learner's hands → its stream entry
@@ -77,42 +73,23 @@ class Groups:
             CodecError: the group is not one a learner could train on.
             BufferUnavailableError: no room within `timeout_seconds`, or no server.
         """
-        payload = encode_group(group)
-        deadline = time.monotonic() + timeout_seconds
-        warned = False
+        submission = Submission(self._keys, group, timeout_seconds)
         while True:
-            outcome, obstacle, cursor = self._try_submit(ticket_member(group.ticket), payload)
-            if outcome is not None:
+            outcome: bool | Obstacle | None = self._memory_obstacle(submission)
+            while outcome is None:
+                stage, arguments = submission.lines()
+                outcome = submission.outcome(self._scripts.run_after(stage, "submit", *arguments))
+            if isinstance(outcome, bool):
                 return outcome
-            if not warned:
-                log.warning("ticket %d waits to be submitted: %s", group.ticket.index, obstacle)
-                warned = True
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise BufferUnavailableError(
-                    f"ticket {group.ticket.index}: no room for {len(payload)} bytes within {timeout_seconds:g} s: "
-                    f"{obstacle}; is the learner alive?"
-                )
-            self._events.wait(cursor, remaining)
+            self._space.wait(outcome.cursor, submission.remaining_seconds(outcome))
 
-    def _try_submit(self, ticket: str, payload: bytes) -> tuple[bool | None, str, str]:
-        """Whether it was accepted; None, what is full and where to wait, if it has to wait."""
+    def _memory_obstacle(self, submission: Submission) -> Obstacle | None:
         if self._maxmemory is None:
             self._maxmemory = int(self._memory("maxmemory"))
-        if self._maxmemory:
-            cursor = self._events.cursor()
-            used = int(self._memory("used_memory"))
-            if used + len(payload) > self._maxmemory * (1 - MEMORY_RESERVE):
-                return None, f"Redis at {describe(self._client)} uses {used} of {self._maxmemory} bytes", cursor
-        reply: list[Any] = [PAYLOAD_IS_GONE]
-        while reply[0] == PAYLOAD_IS_GONE:
-            name = f"{ticket}:{secrets.token_hex(8)}"
-            stage = ("SET", f"{self._keys.payload}:{name}", payload, "PX", STAGED_MILLISECONDS, "NX")
-            reply = self._scripts.run_after(stage, "submit", ticket, name)
-        if reply[0] < NO_ROOM:
-            return reply[0] == 1, "", ""
-        _, waiting, most, cursor = reply
-        return None, f"{waiting} bytes of groups wait for the learner, buffer.max_bytes is {most}", cursor.decode()
+        if not self._maxmemory:
+            return None
+        cursor = self._space.cursor()
+        return submission.memory_obstacle(self._memory("used_memory"), self._maxmemory, describe(self._client), cursor)
 
     def _memory(self, figure: str) -> int:
         with guard(self._client):

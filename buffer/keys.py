@@ -29,7 +29,11 @@ class Keys:
     weights: str = field(init=False)
     """hash: version → manifest JSON, and `latest`"""
     events: str = field(init=False)
-    """stream, capped: what every wait blocks on; holds notices, never state"""
+    """stream, capped: notices of what lets actors go on (a version, room for tickets, the run's state), never state"""
+    versions: str = field(init=False)
+    """stream, capped: notices of new versions alone"""
+    space: str = field(init=False)
+    """stream, capped: notices that bytes got free, for groups that wait to be submitted"""
     actors: str = field(init=False)
     """hash: actor name → status JSON, of every actor that ever was"""
     heartbeats: str = field(init=False)

@@ -44,8 +44,7 @@ class ActorRegistry:
     def leave(self, name: str) -> None:
         """Take an actor off the list of the living; its totals stay."""
         data = command(self._client, "HGET", self._keys.actors, name)
-        status = None if data is None else ActorStatus.model_validate_json(data).model_copy(update={"state": "left"})
-        self._scripts.run("leave", name, "" if status is None else status.model_dump_json())
+        self._scripts.run("leave", name, status_of_the_gone(data))
 
     def totals(self) -> ActorTotals:
         """Sums over all actors that ever were."""
@@ -59,3 +58,10 @@ class ActorRegistry:
             wall_seconds=sum(status.wall_seconds for status in every),
             parity_max=max((status.parity_max for status in every), default=0.0),
         )
+
+
+def status_of_the_gone(data: bytes | None) -> str:
+    """The last status of an actor as it stays for the totals; empty if there was none."""
+    if data is None:
+        return ""
+    return ActorStatus.model_validate_json(data).model_copy(update={"state": "left"}).model_dump_json()

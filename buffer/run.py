@@ -25,7 +25,7 @@ class Buffer:
         clock: policy versions and their manifests.
         actors: who is alive.
         control: state of the run, progress.
-        events: what waits block on.
+        events: what actors block on.
     """
 
     def __init__(self, client: redis.Redis, run: str) -> None:
@@ -33,10 +33,11 @@ class Buffer:
         self._client = client
         self._keys = Keys(run)
         self._scripts = Scripts(client, self._keys)
-        self.events = Events(client, self._keys)
+        self.events = Events(client, self._keys.events)
+        versions, space = Events(client, self._keys.versions), Events(client, self._keys.space)
         self.tickets = Tickets(client, self._keys, self._scripts, self.events)
-        self.groups = Groups(client, self._keys, self._scripts, self.events)
-        self.clock = PolicyClock(client, self._keys, self._scripts, self.events)
+        self.groups = Groups(client, self._keys, self._scripts, self.events, space)
+        self.clock = PolicyClock(client, self._keys, self._scripts, versions)
         self.actors = ActorRegistry(client, self._keys, self._scripts)
         self.control = Control(client, self._keys, self._scripts, self.events)
 

@@ -65,12 +65,11 @@ class Scripts:
             FencedError, RunMismatchError, ValueError: what the script itself refused.
             BufferUnavailableError: the server is away or refuses to write.
         """
-        source, digest = load(name)
         try:
             try:
-                return self._execute("EVALSHA", digest, arguments)
+                return command(self._client, *by_digest(name, self._keys, arguments))
             except redis.exceptions.NoScriptError:
-                return self._execute("EVAL", source, arguments)
+                return command(self._client, *by_source(name, self._keys, arguments))
         except redis.ResponseError as error:
             raise typed_error(error) from error
 
@@ -106,12 +105,12 @@ class Scripts:
         """`run`, and wait until the effect is on the server's disk, where the server can tell (since Redis 7.2)."""
         wait = ("WAITAOF", 1, 0, round(1000 * SYNC_DEADLINE_SECONDS))
         # the second reply may be an error: an older server, or one without an append-only file
-        reply, _ = self._send(self._line("EVAL", load(name)[0], arguments), wait)
+        reply, _ = self._send(by_source(name, self._keys, arguments), wait)
         return self._judged(reply)
 
     def run_after(self, first: Sequence[Argument], name: str, *arguments: Argument) -> Any:
         """Send a plain command and a script in one go, not atomically; the script's reply."""
-        first_reply, reply = self._send(first, self._line("EVALSHA", load(name)[1], arguments))
+        first_reply, reply = self._send(first, by_digest(name, self._keys, arguments))
         self._judged(first_reply)
         if isinstance(reply, redis.exceptions.NoScriptError):
             return self.run(name, *arguments)
@@ -132,11 +131,15 @@ class Scripts:
                 raise typed_error(reply) from reply
         return reply
 
-    def _execute(self, verb: str, script: str, arguments: Sequence[Argument]) -> Any:
-        return command(self._client, *self._line(verb, script, arguments))
 
-    def _line(self, verb: str, script: str, arguments: Sequence[Argument]) -> tuple[Argument, ...]:
-        return (verb, script, len(self._keys), *self._keys, *arguments)
+def by_digest(name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> tuple[Argument, ...]:
+    """Command that runs script `name`, if the server has it."""
+    return ("EVALSHA", load(name)[1], len(keys), *keys, *arguments)
+
+
+def by_source(name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> tuple[Argument, ...]:
+    """Command that runs script `name`, and has the server keep it."""
+    return ("EVAL", load(name)[0], len(keys), *keys, *arguments)
 
 
 def typed_error(error: redis.ResponseError) -> VespoError | ValueError | redis.ResponseError:

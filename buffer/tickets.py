@@ -6,6 +6,7 @@ An actor's loop: `issue`; with nothing issued, `wait` with the cursor it got; wh
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import redis
 
@@ -34,6 +35,11 @@ class Issued:
     reason: str
     cursor: str
 
+    @classmethod
+    def parse(cls, reply: Sequence[bytes]) -> Self:
+        """Read what the script replies."""
+        return cls([parse_ticket(member) for member in reply[2:]], reply[0].decode(), reply[1].decode())
+
 
 @dataclass(frozen=True, slots=True)
 class DeadTicket:
@@ -58,10 +64,7 @@ class Tickets:
 
         Overdue leases are ended first; tickets to retry are issued before new ones.
         """
-        if limit < 1:
-            raise ValueError(f"limit is {limit}; ask for at least one ticket")
-        reply = self._scripts.run("issue", served_version, limit, _milliseconds(lease_seconds))
-        return Issued([parse_ticket(member) for member in reply[2:]], reply[0].decode(), reply[1].decode())
+        return Issued.parse(self._scripts.run("issue", *issue_arguments(served_version, limit, lease_seconds)))
 
     def wait(self, cursor: str, timeout_seconds: float) -> None:
         """Block until something moved after `cursor` (of `issue`), or the timeout."""
@@ -71,7 +74,7 @@ class Tickets:
         """Prolong leases; returns the tickets whose lease is gone, whose groups would be refused."""
         if not tickets:
             return []
-        gone = self._scripts.run("renew", _milliseconds(lease_seconds), *map(ticket_member, tickets))
+        gone = self._scripts.run("renew", *renew_arguments(tickets, lease_seconds))
         return [parse_ticket(member) for member in gone]
 
     def give_back(self, tickets: Sequence[Ticket]) -> int:
@@ -80,7 +83,7 @@ class Tickets:
 
     def fail(self, ticket: Ticket, error: str) -> None:
         """Count a failure: the ticket is retried, or dead after `max_attempts`. Without its lease nothing changes."""
-        self._scripts.run("fail", ticket_member(ticket), error[:MAX_ERROR_CHARACTERS])
+        self._scripts.run("fail", *fail_arguments(ticket, error))
 
     def expire(self) -> int:
         """End every overdue lease, each a failure of its ticket; returns how many there were."""
@@ -106,6 +109,23 @@ class Tickets:
             DeadTicket(int(fields[b"index"]), int(fields[b"attempts"]), fields[b"error"].decode("utf-8", "replace"))
             for _, fields in entries
         ]
+
+
+def issue_arguments(served_version: int, limit: int, lease_seconds: float) -> tuple[int, int, int]:
+    """What the script `issue` takes."""
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; ask for at least one ticket")
+    return served_version, limit, _milliseconds(lease_seconds)
+
+
+def renew_arguments(tickets: Sequence[Ticket], lease_seconds: float) -> tuple[int | str, ...]:
+    """What the script `renew` takes."""
+    return (_milliseconds(lease_seconds), *map(ticket_member, tickets))
+
+
+def fail_arguments(ticket: Ticket, error: str) -> tuple[str, str]:
+    """What the script `fail` takes."""
+    return ticket_member(ticket), error[:MAX_ERROR_CHARACTERS]
 
 
 def ticket_member(ticket: Ticket) -> str:

@@ -179,7 +179,7 @@ def _find(recipe: Path | None, url: str | None, run: str | None, run_dir: Path |
         where = server_url(settings, RunDirectory(Path("runs") / settings.run.name))
     else:
         raise SettingsError("say which run: RECIPE, --run-dir DIR, or --url URL --run NAME")
-    client = connect_url(where, RECONNECT_SECONDS, wait=False)
+    client = connect_url(where, name, RECONNECT_SECONDS, wait=False)
     try:
         return Buffer(client, name)
     except ValueError as error:

@@ -50,14 +50,14 @@ def open_run(settings: Settings) -> Connected:
     """
     if settings.buffer.url is None or settings.weights.store is None:
         raise ValueError("settings name no server or no store; see placed()")
-    client = connect_url(settings.buffer.url, settings.buffer.reconnect_seconds)
+    client = connect_url(settings.buffer.url, settings.run.name, settings.buffer.reconnect_seconds)
     return Connected(client, Buffer(client, settings.run.name), WeightStore(settings.weights.store))
 
 
-def connect_url(url: str, reconnect_seconds: float, *, wait: bool = True) -> redis.Redis:
+def connect_url(url: str, run: str, reconnect_seconds: float, *, wait: bool = True) -> redis.Redis:
     """`buffer.connection.connect`, with a malformed URL as a mistake in the settings."""
     try:
-        return connect(url, reconnect_seconds=reconnect_seconds, wait=wait)
+        return connect(url, run=run, reconnect_seconds=reconnect_seconds, wait=wait)
     except ValueError as error:
         raise SettingsError(f"buffer.url: {error}") from error
 

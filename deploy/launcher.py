@@ -80,7 +80,7 @@ class _Launch:
         """From start to summary."""
         with ExitStack() as stack:
             stack.callback(self._stop_server)
-            client = connect_url(str(self._settings.buffer.url), RECONNECT_SECONDS, wait=False)
+            client = connect_url(str(self._settings.buffer.url), self._settings.run.name, RECONNECT_SECONDS, wait=False)
             stack.callback(client.close)
             check_identity(client, self._settings, self._directory)
             buffer = Buffer(client, self._settings.run.name)

@@ -42,7 +42,7 @@ def preflight(settings: Settings, directory: RunDirectory, *, learner: bool = Tr
         check_model(Path(settings.model.path).expanduser(), settings)
     warnings: list[str] = []
     if settings.buffer.url is not None:
-        client = connect_url(settings.buffer.url, settings.buffer.reconnect_seconds, wait=False)
+        client = connect_url(settings.buffer.url, settings.run.name, settings.buffer.reconnect_seconds, wait=False)
         try:
             warnings = check_server(client, embedded=False)
             if learner:

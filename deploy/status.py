@@ -28,7 +28,7 @@ def print_status(directory: RunDirectory) -> None:
         summary = read_summary(directory)
         print("not running" if summary is None else f"not running; its summary:\n{format_summary(summary, directory)}")
         return
-    client = connect_url(url, RECONNECT_SECONDS, wait=False)
+    client = connect_url(url, name, RECONNECT_SECONDS, wait=False)
     try:
         buffer = Buffer(client, name)
         snapshot = take_snapshot(buffer)

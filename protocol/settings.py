@@ -150,7 +150,8 @@ class ActorSettings(Section):
 
 class BufferSettings(Section):
     url: str | None = None
-    """Redis URL (`redis://`, `rediss://`, `unix://`); without it the run starts its own server in its directory."""
+    """Redis URL: `redis://`, `rediss://`, `unix://`, `redis+sentinel://HOST:PORT,HOST:PORT/SERVICE[/DB]` or
+    `redis+cluster://HOST:PORT,HOST:PORT`; without it the run starts its own server in its directory."""
     max_lag: int = Field(default=4, ge=0)
     """How many versions generation may run ahead of training; 0 is synchronous training."""
     hard_max_lag: int | None = Field(default=None, ge=0)

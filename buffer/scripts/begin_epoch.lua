@@ -26,5 +26,6 @@ redis.call('HSET', CLOCK, 'groups_per_version', ARGV[2], 'max_lag', ARGV[3], 'ma
     'max_bytes', ARGV[5], 'step', ARGV[7], 'base', counter('trained'),
     'base_version', redis.call('HGET', CLOCK, 'version') + 1)
 redis.call('HSET', CONTROL, 'state', 'running', 'reason', '')
-notify('epoch', epoch)
+notify(EVENTS, 'epoch', epoch)
+notify(SPACE, 'epoch', epoch)
 return epoch

@@ -18,7 +18,10 @@ if num_trained > 0 then
     count('trained', num_trained)
     -- a group that this learner has not seen was trained before its epoch began (the last incarnation died between
     -- checkpoint and commit), so it belongs to the base from which this epoch counts
-    redis.call('HINCRBY', CLOCK, 'base', num_before)
-    notify('commit', ARGV[2])
+    if num_before > 0 then
+        redis.call('HINCRBY', CLOCK, 'base', num_before)
+        notify(EVENTS, 'base', num_before)
+    end
+    notify(SPACE, 'commit', num_trained)
 end
 return num_trained

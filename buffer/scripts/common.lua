@@ -1,7 +1,7 @@
 -- Shared by every script of this directory, which it precedes. KEYS are those of buffer/keys.py, in its order.
-local CLOCK, TICKETS, GENERATING, RETRY, GROUPS, PAYLOAD, DEAD, DONE, WEIGHTS, EVENTS, ACTORS, HEARTBEATS, CONTROL =
-    unpack(KEYS)
-local EVENTS_KEPT = 1000
+local CLOCK, TICKETS, GENERATING, RETRY, GROUPS, PAYLOAD, DEAD, DONE, WEIGHTS, EVENTS, VERSIONS, SPACE, ACTORS,
+    HEARTBEATS, CONTROL = unpack(KEYS)
+local NOTICES_KEPT = 1000
 
 -- Server time in milliseconds: the only clock that leases, heartbeats and publications know.
 local function now_ms()
@@ -22,14 +22,14 @@ local function counter(name)
     return tonumber(redis.call('HGET', TICKETS, name) or 0)
 end
 
--- Wake whoever waits.
-local function notify(kind, detail)
-    redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'kind', kind, 'detail', detail)
+-- Wake whoever waits on a stream: EVENTS, VERSIONS or SPACE.
+local function notify(stream, kind, detail)
+    redis.call('XADD', stream, 'MAXLEN', '~', NOTICES_KEPT, '*', 'kind', kind, 'detail', detail)
 end
 
--- Position after the newest notice.
-local function cursor()
-    local newest = redis.call('XREVRANGE', EVENTS, '+', '-', 'COUNT', 1)
+-- Position after the newest notice of a stream.
+local function cursor(stream)
+    local newest = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', 1)
     return newest[1] and newest[1][1] or '0-0'
 end
 
@@ -65,7 +65,7 @@ local function expire_overdue(limit)
         count('expired', 1)
         retry_or_bury(ticket, 'lease expired: its actor died, hung or lost its connection')
     end
-    if #overdue > 0 then notify('retry', #overdue) end
+    if #overdue > 0 then notify(EVENTS, 'retry', #overdue) end
     return #overdue
 end
 

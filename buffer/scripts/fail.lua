@@ -4,5 +4,5 @@ if redis.call('ZREM', GENERATING, ARGV[1]) == 0 then return 0 end
 count('generating', -1)
 count('failed', 1)
 retry_or_bury(ARGV[1], ARGV[2])
-notify('retry', 1)
+notify(EVENTS, 'retry', 1)
 return 1

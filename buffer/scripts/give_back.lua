@@ -12,6 +12,6 @@ if num_returned > 0 then
     count('generating', -num_returned)
     count('retry', num_returned)
     count('returned', num_returned)
-    notify('retry', num_returned)
+    notify(EVENTS, 'retry', num_returned)
 end
 return num_returned

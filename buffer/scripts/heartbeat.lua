@@ -1,6 +1,4 @@
 #!lua flags=allow-oom
 -- An actor is alive. ARGV: name, status JSON   Returns 1 if it was not known as alive.
 redis.call('HSET', ACTORS, ARGV[1], ARGV[2])
-local joined = redis.call('ZADD', HEARTBEATS, now_ms(), ARGV[1])
-if joined == 1 then notify('actor joined', ARGV[1]) end
-return joined
+return redis.call('ZADD', HEARTBEATS, now_ms(), ARGV[1])

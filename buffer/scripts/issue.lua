@@ -2,8 +2,8 @@
 -- Hand out tickets under the admission rule, retries before new ones.
 -- ARGV: version the actor serves, most tickets, lease in ms
 -- Returns {reason, events cursor, ticket...}; reason is "ok", "admission", "stopped" or "no run".
-if redis.call('EXISTS', CLOCK) == 0 then return {'no run', cursor()} end
-if redis.call('HGET', CONTROL, 'state') ~= 'running' then return {'stopped', cursor()} end
+if redis.call('EXISTS', CLOCK) == 0 then return {'no run', cursor(EVENTS)} end
+if redis.call('HGET', CONTROL, 'state') ~= 'running' then return {'stopped', cursor(EVENTS)} end
 expire_overdue(256)
 
 local clock = redis.call('HMGET', CLOCK, 'version', 'groups_per_version', 'max_lag', 'base', 'base_version')
@@ -15,11 +15,11 @@ if version >= 0 then
     room = limit - counter('buffered') - counter('leased') - counter('trained') - counter('generating')
 end
 local num_tickets = math.min(room, tonumber(ARGV[2]))
-if num_tickets <= 0 then return {'admission', cursor()} end
+if num_tickets <= 0 then return {'admission', cursor(EVENTS)} end
 
 local expiry = now_ms() + tonumber(ARGV[3])
 local next_index = counter('next')
-local reply = {'ok', cursor()}
+local reply = {'ok', cursor(EVENTS)}
 local num_retries = 0
 for _ = 1, num_tickets do
     local ticket = redis.call('LPOP', RETRY)

@@ -18,10 +18,10 @@ if #entries == 0 then
         count('leased', #entries)
         count('buffered_bytes', -bytes)
         count('leased_bytes', bytes)
-        if redis.call('HDEL', TICKETS, 'full') == 1 then notify('room', #entries) end
+        if redis.call('HDEL', TICKETS, 'full') == 1 then notify(SPACE, 'leased', #entries) end
     end
 end
-local reply = {string.match(redis.call('INFO', 'server'), 'run_id:(%x+)'), cursor()}
+local reply = {string.match(redis.call('INFO', 'server'), 'run_id:(%x+)'), cursor(EVENTS)}
 for _, entry in ipairs(entries) do
     if entry[2] and entry[2][6] then -- else other hands deleted or added it; the ledger reports it
         reply[#reply + 1] = {entry[1], entry[2][2], entry[2][4], entry[2][6]}

@@ -11,6 +11,7 @@ for position = 2, #ARGV do
 end
 if num_filtered > 0 then
     count('filtered', num_filtered)
-    notify('filtered', num_filtered)
+    notify(EVENTS, 'filtered', num_filtered)
+    notify(SPACE, 'filtered', num_filtered)
 end
 return num_filtered

@@ -23,5 +23,6 @@ for position = 1, #versions - tonumber(ARGV[5]) do
     redis.call('HDEL', WEIGHTS, string.format('%d', versions[position]))
 end
 redis.call('HSET', CLOCK, 'version', ARGV[2], 'step', ARGV[3], 'published_at', now_ms())
-notify('version', ARGV[2])
+notify(EVENTS, 'version', ARGV[2])
+notify(VERSIONS, 'version', ARGV[2])
 return 1

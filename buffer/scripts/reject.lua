@@ -5,5 +5,6 @@ local ticket = take(fence(ARGV[1]), ARGV[2])
 if not ticket then return 0 end
 count('poisoned', 1)
 retry_or_bury(ticket, ARGV[3])
-notify('retry', 1)
+notify(EVENTS, 'retry', 1)
+notify(SPACE, 'retry', 1)
 return 1

@@ -102,5 +102,6 @@ redis.call('HSET', TICKETS, 'next', string.format('%d', following), 'issued', st
     'generating', num_placed.generating, 'retry', num_placed.retry + num_again, 'dead', num_placed.dead,
     'buffered', num_entries[false], 'leased', num_entries[true], 'buffered_bytes', num_bytes[false],
     'leased_bytes', num_bytes[true], 'trained', num_done - num_filtered, 'filtered', num_filtered)
-notify('retry', num_again)
+notify(EVENTS, 'retry', num_again)
+notify(SPACE, 'repair', num_groups_dropped)
 return {num_remembered, num_again, num_groups_dropped, num_dropped}

@@ -15,6 +15,6 @@ end
 if num_retried > 0 then
     count('dead', -num_retried)
     count('retry', num_retried)
-    notify('retry', num_retried)
+    notify(EVENTS, 'retry', num_retried)
 end
 return num_retried

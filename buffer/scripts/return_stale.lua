@@ -13,6 +13,7 @@ end
 if num_stale > 0 then
     count('retry', num_stale)
     count('stale', num_stale)
-    notify('retry', num_stale)
+    notify(EVENTS, 'retry', num_stale)
+    notify(SPACE, 'retry', num_stale)
 end
 return num_stale

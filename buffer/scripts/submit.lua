@@ -1,7 +1,7 @@
 #!lua
 -- Deliver the group of a lease, whose payload was sent just before. ARGV: ticket, name of the payload
--- Returns {1} accepted; {0} the lease is gone; {2, waiting bytes, most bytes, events cursor} no room now; {3} the payload
--- is gone, send it again. A payload that was not accepted is deleted.
+-- Returns {1} accepted; {0} the lease is gone; {2, waiting bytes, most bytes, cursor of SPACE} no room now; {3} the
+-- payload is gone, send it again. A payload that was not accepted is deleted.
 local ticket, key = ARGV[1], payload_key(ARGV[2])
 local bytes, milliseconds_left = redis.call('STRLEN', key), redis.call('PTTL', key)
 if milliseconds_left == -1 then return {1} end -- this very payload was accepted before; the answer got lost
@@ -15,7 +15,7 @@ local waiting, most = counter('buffered_bytes'), tonumber(redis.call('HGET', CLO
 if waiting > 0 and waiting + bytes > most then
     redis.call('DEL', key)
     redis.call('HSET', TICKETS, 'full', 1)
-    return {2, waiting, most, cursor()}
+    return {2, waiting, most, cursor(SPACE)}
 end
 if redis.call('PERSIST', key) == 0 then return {3} end
 redis.call('XADD', GROUPS, '*', 'ticket', ticket, 'bytes', bytes, 'payload', ARGV[2])

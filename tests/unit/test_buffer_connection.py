@@ -13,6 +13,7 @@ from buffer.connection import DeadlineRetry, check_server, connect, guard, redac
 from buffer.keys import Keys
 from buffer.scripts import load, typed_error
 from buffer.tickets import parse_ticket, ticket_member
+from buffer.topology import Target, parse_target
 from protocol.errors import BufferPolicyError, BufferUnavailableError, FencedError, RunMismatchError
 from protocol.trajectory import Ticket
 
@@ -81,6 +82,42 @@ def test_wrong_credentials_are_not_retried() -> None:
 def test_a_url_of_another_kind_is_the_callers_mistake(url: str) -> None:
     with pytest.raises(ValueError, match="not a Redis URL"):
         connect(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "mistake"),
+    [
+        ("redis+sentinel://u:s3cret@host:26379", "the name of the service is missing"),
+        ("redis+sentinel://u:s3cret@host:26379/name/first", "database 'first' is no number"),
+        ("redis+sentinel://u:s3cret@host:port/name", "'host:port' is no HOST:PORT"),
+        ("redis+sentinel://u:s3cret@a:1,/name", "'' is no HOST:PORT"),
+        ("redis+cluster://u:s3cret@host:70000", "'host:70000' is no HOST:PORT"),
+        ("redis+cluster://u:s3cret@host:7000/1", "no database but 0"),
+        ("redis+other://u:s3cret@host:7000", "none of these forms"),
+        ("redis+cluster://u:s3cret@host:7000?socket_timeout=soon", "socket_timeout"),
+    ],
+)
+def test_what_is_wrong_with_a_url_is_said_without_its_secrets(url: str, mistake: str) -> None:
+    with pytest.raises(ValueError, match=mistake) as raised:
+        connect(url, run="run", wait=False)
+    assert "redis+cluster://" in str(raised.value)
+    assert "s3cret" not in str(raised.value)
+
+
+def test_a_cluster_needs_the_run() -> None:
+    with pytest.raises(ValueError, match="name of the run decides the node"):
+        connect("redis+cluster://127.0.0.1:7000", wait=False)
+
+
+def test_urls_of_several_servers_are_read() -> None:
+    target = parse_target("rediss+sentinel://u:p%40ss@a,[::1]:5/name/3?sentinel_password=x&ssl_ca_certs=/ca.pem", None)
+    assert target.url == "rediss://u:p%40ss@localhost/3?ssl_ca_certs=%2Fca.pem"
+    assert target.tls
+    assert str(target.locator) == "master of name by Sentinels a:26379,::1:5"
+    target = parse_target("redis+cluster://:pw@a,b:7001", "run")
+    assert (target.url, target.tls) == ("redis://:pw@localhost/0", False)
+    assert str(target.locator) == "owner of the run by Cluster nodes a:6379,b:7001"
+    assert parse_target("redis://host:1/2", None) == Target("redis://host:1/2")
 
 
 @pytest.mark.parametrize("name", ["", "a{b", "a}b", "a\nb"])
