@@ -54,7 +54,16 @@ def plain_reference(model_dir: Path, settings: Settings, groups: list[Group]) ->
         mask[i, : len(chosen)] = torch.from_numpy(c.mask.copy())
         entropy.append(float((-(rows.exp() * rows).sum(-1) * mask[i, : len(chosen)]).sum().detach()))
     logprobs = torch.stack(logprobs)
-    result = compute_objective("vespo", logprobs, behaviour, torch.from_numpy(batch.advantages).float(), mask)
+    objective = settings.objective
+    result = compute_objective(
+        objective.name,
+        logprobs,
+        behaviour,
+        torch.from_numpy(batch.advantages).float(),
+        mask,
+        aggregation=objective.aggregation,
+        **objective.hyperparameters(),
+    )
     result.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     behaviour_kl = ((behaviour - logprobs) * mask).sum(1).detach().numpy()

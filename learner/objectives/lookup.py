@@ -1,9 +1,10 @@
 """From a name to an objective: the built-in ones, and functions of one's own as `package.module:function`.
 
-A function of one's own takes `Terms` and keyword arguments and returns `TokenLoss`. An attribute `aggregation` on it
-sets how its token losses are averaged where the recipe does not say, otherwise token-mean. What depends on the whole
-step and not on its parts goes into an attribute `statistics`: a function of `Terms` and all hyperparameters, whose
-result adds up over the parts and reaches the objective as the keyword `statistics`.
+A function of one's own takes `Terms` and keywords and returns `TokenLoss`; a sequence without an advantage must
+have no gradient, for the learner computes none for it. An attribute `aggregation` on it sets how its token losses are
+averaged where the recipe does not say, otherwise token-mean. What depends on the whole step and not on its parts goes
+into an attribute `statistics`: a function of `Terms` and all hyperparameters, whose result adds up over the parts and
+reaches the objective as the keyword `statistics`.
 """
 
 import difflib
