@@ -18,7 +18,8 @@ writes these keys, so the ledger's counters can be held against the structures a
       ^            | give_back, fail, expire                      | return_stale, reject, mark_filtered
       +-- retry <--+----------------------------------------------+-->  dead, filtered
 
-Modules: `run` (entry point), `tickets`, `groups`, `clock`, `registry`, `control`, `ledger`, `events` (what waits block
-on), `keys`, `scripts`, `connection`, `embedded` (a server of one's own), `store` (weights). Importing this package
-imports none of them; only `store` needs fsspec.
+Modules: `run` (entry point), `tickets`, `groups` and `submission`, `clock`, `registry`, `control`, `ledger`, `events`
+(what waits block on), `keys`, `scripts`, `connection` and `topology` (which server), `aio` (the same for actors written
+with asyncio), `embedded` (a server of one's own), `store` (weights). Importing this package imports none of them; only
+`store` needs fsspec.
 """
