@@ -30,6 +30,8 @@ def placed(settings: Settings, directory: RunDirectory, url: str) -> Settings:
     model, weights = settings.model, settings.weights
     if model.path is not None:
         model = model.model_copy(update={"path": str(Path(model.path).expanduser().resolve())})
+    if model.reference is not None:
+        model = model.model_copy(update={"reference": str(Path(model.reference).expanduser().resolve())})
     store = weights.store or str(directory.weights)
     if "://" not in store:
         store = str(Path(store).expanduser().resolve())

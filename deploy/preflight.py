@@ -40,6 +40,8 @@ def preflight(settings: Settings, directory: RunDirectory, *, learner: bool = Tr
         raise SettingsError('model.device = "cuda", but this machine shows no GPU; use "auto" or "cpu"')
     if learner and settings.model.path is not None:
         check_model(Path(settings.model.path).expanduser(), settings)
+    if learner and settings.model.reference is not None:
+        check_model(Path(settings.model.reference).expanduser(), settings, "model.reference")
     warnings: list[str] = []
     if settings.buffer.url is not None:
         client = connect_url(settings.buffer.url, settings.run.name, settings.buffer.reconnect_seconds, wait=False)
@@ -97,13 +99,13 @@ def _check_module(key: str, name: str, module: str) -> None:
         )
 
 
-def check_model(path: Path, settings: Settings) -> None:
+def check_model(path: Path, settings: Settings, key: str = "model.path") -> None:
     """The directory holds a configuration, a tokenizer and all weight files, and is long enough for the task.
 
     Raises:
         SettingsError: names the directory and what is missing.
     """
-    where = f"model.path = {str(settings.model.path)!r}"
+    where = f"{key} = {str(path)!r}"
     if not path.is_dir():
         raise SettingsError(f"{where} is no directory (looked at {path.absolute()})")
     config = _read_json(path / "config.json", where)

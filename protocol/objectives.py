@@ -17,6 +17,7 @@ Positive = Annotated[float, Field(gt=0, le=100)]
 Clip = Annotated[float, Field(ge=0, le=100)]
 Cap = Annotated[float, Field(gt=0, le=1e6)]
 Step = Annotated[float, Field(gt=0, le=1)]
+Coefficient = Annotated[float, Field(ge=0, le=100)]
 OFF = "off"  # TOML has no null
 DualClip = Annotated[
     Annotated[float, Field(gt=1, le=1e6)] | None,
@@ -36,6 +37,11 @@ class ObjectiveSettings(Section):
     """Divide advantages by their group's standard deviation (the authors' scripts) or not (the paper's text)."""
     aggregation: Literal["token-mean", "sequence-mean-token-mean"] | None = None
     """Average over all tokens, or over each sequence's and then over sequences; default as the objective's source."""
+    kl_coefficient: Coefficient = 0.0
+    """Weight of the KL divergence from the initial model (or `model.reference`), a mean over tokens; 0 is off. A second
+    model in the learner's memory, and a forward pass of it for each token."""
+    entropy_coefficient: Coefficient = 0.0
+    """Weight of the entropy that is rewarded, a mean over tokens; 0 is off."""
 
     @field_validator("name")
     @classmethod

@@ -253,10 +253,11 @@ def _translate(error: ErrorDetails, origins: Mapping[KeyPath, str], recipe_path:
     while len(path) > 1 and path not in origins and find_field(path) is None:
         path = path[:-1]
     key = ".".join(path)
-    if isinstance(error["input"], (dict, BaseModel)):  # a rule about several keys of one section
-        named = {".".join(p): o for p, o in origins.items() if p[:-1] == path and p[-1] in message}
+    if isinstance(error["input"], (dict, BaseModel)):  # a rule about several keys, of one section or of several
+        named = {".".join(p): o for p, o in origins.items() if p[: len(path)] == path}
+        named = {name: o for name, o in named.items() if name.removeprefix(f"{key}.") in message}
         where = "; ".join(f"{name} from {origin}" for name, origin in named.items())
-        return f"[{key}]: {message}" + (f" ({where})" if where else "")
+        return (f"[{key}]: " if key else "") + message + (f" ({where})" if where else "")
     shown = redact(path[-1], error["input"])
     doc = describe(path)
     return f"{key} = {shown!r} ({origins.get(path, DEFAULT)}): {message}" + (f". {doc}" if doc else "")

@@ -53,6 +53,8 @@ class ModelSettings(Section):
     """Directory of a Hugging Face model with its tokenizer. Exactly one of `path` and `[model.toy]` is given."""
     toy: ToySettings | None = None
     """Build a small model instead of loading one."""
+    reference: str | None = None
+    """Directory of the model that `objective.kl_coefficient` measures from; default the run's initial model."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number format of the weights that are published and served."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -210,6 +212,12 @@ class Settings(Section):
     buffer: BufferSettings = BufferSettings()
     weights: WeightSettings = WeightSettings()
     metrics: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="after")
+    def _reference(self) -> Self:
+        if self.model.reference is not None and self.objective.kl_coefficient == 0:
+            raise ValueError("model.reference is used by nothing while objective.kl_coefficient is 0")
+        return self
 
     @field_validator("objective", mode="before")
     @classmethod

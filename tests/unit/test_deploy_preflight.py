@@ -7,6 +7,7 @@ import pytest
 
 from buffer.connection import connect
 from buffer.embedded import EmbeddedServer
+from deploy.connect import placed
 from deploy.preflight import check_model, check_objective, check_task, preflight
 from deploy.rundir import RunDirectory
 from protocol.errors import SettingsError, WeightStoreError
@@ -65,6 +66,22 @@ def test_a_damaged_configuration_is_named(model: Path) -> None:
     (model / "config.json").write_text("{")
     with pytest.raises(SettingsError, match=r"config\.json cannot be read"):
         check_model(model, settings(model))
+
+
+def test_the_reference_is_a_model_too_and_a_path_in_every_process(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create("run")
+    monkeypatch.chdir(tmp_path)
+    task = {"max_prompt_tokens": 16, "max_completion_tokens": 16}
+    sections = {"model": {"reference": "model", "toy": {}}, "objective": {"kl_coefficient": 0.1}, "task": task}
+    settings = make_settings(**sections)
+    assert preflight(settings, directory) == []
+    assert placed(settings, directory, "").model.reference == str(model)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(SettingsError, match=r"model\.reference = .* has no weights"):
+        preflight(settings, directory)
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "actors.tasks.arithmetic:Arithmetic"])

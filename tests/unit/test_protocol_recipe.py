@@ -104,6 +104,12 @@ def test_invalid_values_name_key_and_origin(tmp_path: Path, override: str, fragm
     assert fragment in line
 
 
+def test_a_rule_about_several_sections_names_what_was_given(tmp_path: Path) -> None:
+    (line,) = problems(recipe(tmp_path), "model.reference=other")
+    assert line.startswith("model.reference is used by nothing while objective.kl_coefficient is 0")
+    assert line.endswith("(model.reference from command line)")
+
+
 def test_several_invalid_values_are_reported_at_once(tmp_path: Path) -> None:
     lines = problems(recipe(tmp_path), "task.group_size=1", "objective.k_neg=0", "run.steps=0", "nonsense")
     assert len(lines) == 4
