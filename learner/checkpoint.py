@@ -1,9 +1,10 @@
 """Checkpoints on disk: complete under their name or not there at all, verified before they are used.
 
-A checkpoint is a directory with the engine's state and `checkpoint.json`: where the run is, which groups' effect it
-holds, and the checksum of every file. It is written beside its place, synced, and renamed; groups are committed to the
-buffer only then, so a crash between the two is made good by committing the listed groups again on resume. Directories
-are ordered by learner session first: what a fenced learner may still write never outranks its successor's.
+A checkpoint is a directory with the engine's state (a share of it from each rank), the policy as a Hugging Face model,
+and `checkpoint.json`: where the run is, which groups' effect it holds, and the checksum of every file. It is written
+beside its place, synced, and renamed; groups are committed to the buffer only then, so a crash between the two is made
+good by committing the listed groups again on resume. Directories are ordered by learner session first: what a fenced
+learner may still write never outranks its successor's.
 """
 
 import logging
@@ -21,6 +22,7 @@ from protocol.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
+MODEL = "model"  # the policy as a Hugging Face directory
 NAME = re.compile(r"session-(\d{6})-step-(\d{9})")
 BLOCK_BYTES = 8 << 20
 
@@ -45,6 +47,7 @@ class Totals(BaseModel):
     tokens_trained: int = 0
     skipped_steps: int = 0
     stale_groups: int = 0
+    filtered_groups: int = 0
     silenced_sequences: int = 0
 
 
@@ -86,18 +89,30 @@ class Checkpoints:
         self._directory = directory
         self._keep = keep
 
-    def write(self, checkpoint: Checkpoint, save_state: Callable[[Path], None]) -> Path:
-        """Write a checkpoint whose state `save_state` puts into the directory it is given; returns its place.
+    def begin(self, checkpoint: Checkpoint) -> Path:
+        """An empty directory for the state of a checkpoint, which `complete` will put in its place.
+
+        Raises:
+            CheckpointError: the disk refused.
+        """
+        fresh = self._fresh(checkpoint)
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+        except OSError as error:
+            raise self._refused(checkpoint, error) from error
+        return fresh
+
+    def complete(self, checkpoint: Checkpoint, write: Callable[[], None]) -> Path:
+        """Have `write` put the state where `begin` said, and seal it; returns its place.
 
         Raises:
             CheckpointError: the disk refused; nothing that was complete before is harmed.
         """
-        name = f"session-{checkpoint.session:06d}-step-{checkpoint.step:09d}"
-        place, fresh = self._directory / name, self._directory / f".{name}.new"
+        fresh = self._fresh(checkpoint)
+        place = self._directory / _name(checkpoint)
         try:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            save_state(fresh)
+            write()
             files = {str(path.relative_to(fresh)): _stored(path) for path in _files(fresh)}
             complete = checkpoint.model_copy(update={"files": files})
             (fresh / MANIFEST).write_text(complete.model_dump_json(indent=1) + "\n")
@@ -106,10 +121,16 @@ class Checkpoints:
             _sync(self._directory)
             self._prune()
         except OSError as error:
-            raise CheckpointError(
-                f"checkpoint of step {checkpoint.step} cannot be written to {place}: {error}"
-            ) from error
+            raise self._refused(checkpoint, error) from error
         return place
+
+    def _fresh(self, checkpoint: Checkpoint) -> Path:
+        return self._directory / f".{_name(checkpoint)}.new"
+
+    def _refused(self, checkpoint: Checkpoint, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint of step {checkpoint.step} cannot be written to {self._directory / _name(checkpoint)}: {error}"
+        )
 
     def load_newest(self, load: Callable[[Path, Checkpoint], None]) -> Checkpoint | None:
         """Verify and load the newest checkpoint, or the newest before it that is whole.
@@ -151,6 +172,10 @@ class Checkpoints:
         leftovers = [p for p in self._directory.iterdir() if p.name.startswith(".") and p.name.endswith(".new")]
         for path in [*self._complete()[self._keep :], *leftovers]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return f"session-{checkpoint.session:06d}-step-{checkpoint.step:09d}"
 
 
 def _verified(place: Path) -> Checkpoint:

@@ -1,30 +1,31 @@
 """The learner's life: resume, publish, then lease, train, publish, checkpoint until the run is done or drained.
 
-    feed (thread)       lease and decode groups ahead              ◄── buffer
-    main                gather → train → snapshot → record → checkpoint, then commit
-    publisher (thread)  write weights, publish, prune              ──► weight store, clock
+    feed (thread)         lease, decode, select and lay out the next step        ◄── buffer
+    main                  take → train → snapshot → record → copy the state
+    publisher (thread)    write weights, publish, prune                          ──► weight store, clock
+    checkpoint (thread)   write, sync, rename, then commit the groups            ──► disk, buffer
 
 Nothing but a lack of groups makes the optimizer wait. The version is the number last snapshotted: lag counts from
-there. Several ranks are left out: this loop drives one process.
+there. Of several ranks, rank 0 does all of this and takes the others along (`learner.crew`).
 """
 
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from buffer.groups import LeasedGroup
 from buffer.run import Buffer
 from buffer.store import WeightStore
-from learner.batch import build_step_batch
+from learner.crew import LeadEngine, follow
 from learner.engine import Engine
-from learner.feed import Feed
+from learner.feed import Feed, NextStep
 from learner.journal import Journal
 from learner.lineage import Lineage
 from learner.publisher import Publisher, Snapshot
+from learner.ranks import Ranks
+from learner.selection import Selection
 from learner.stats import StepContext, step_record
 from learner.waiting import Wait
 from learner.weights import write_model_directory
@@ -59,23 +60,48 @@ def run_learner(
         probe_tokens: sequences of at least two tokens on which actors measure their parity.
 
     Raises:
+        RankError: another rank of this learner failed, or went away.
         StarvedError: no groups for `learner.starvation_seconds`, and no actor alive.
         FencedError: another learner has taken over the run.
         NonFiniteError: gradients were not finite in three steps in a row.
         SettingsError, CheckpointError, WeightStoreError, BufferUnavailableError, RunMismatchError: what they say.
     """
+    engine = Engine(settings, model_dir)
+    ranks = Ranks(settings.learner.rank_timeout_seconds)
+    try:
+        if ranks.rank == 0:
+            _lead(settings, run_dir, model_dir, buffer, store, probe_tokens, LeadEngine(engine, ranks), ranks)
+        else:
+            follow(engine, ranks)
+    except BaseException as error:
+        ranks.stop(f"{type(error).__name__}: {error}")
+        raise
+    ranks.stop()
+
+
+def _lead(
+    settings: Settings,
+    run_dir: Path,
+    model_dir: Path,
+    buffer: Buffer,
+    store: WeightStore,
+    probe_tokens: list[list[int]],
+    engine: LeadEngine,
+    ranks: Ranks,
+) -> None:
+    """What rank 0 does."""
     with ExitStack() as stack:
         metrics = _export(settings, stack)
-        engine = Engine(settings, model_dir)
-        lineage = Lineage(settings, run_dir, buffer, engine)
+        lineage = Lineage(settings, run_dir, model_dir, buffer, engine)
+        stack.callback(lineage.close)
         if lineage.step < settings.run.steps:
-            learner = _Learner(settings, run_dir, buffer, store, probe_tokens, engine, lineage, metrics, stack)
+            learner = _Learner(settings, run_dir, buffer, store, probe_tokens, engine, ranks, lineage, metrics, stack)
             store.write_skeleton(model_dir)
             learner.train()
         if lineage.step < settings.run.steps:
             log.info("drained after step %d of %d", lineage.step, settings.run.steps)
             return
-        write_model_directory(engine.tensors(), model_dir, run_dir / MODEL_DIRECTORY)
+        write_model_directory(lineage.weights(), model_dir, run_dir / MODEL_DIRECTORY)
         buffer.control.set_state("finished", f"all {lineage.step} steps are done")
         log.info("finished after step %d", lineage.step)
 
@@ -105,7 +131,8 @@ class _Learner:
         buffer: Buffer,
         store: WeightStore,
         probe_tokens: list[list[int]],
-        engine: Engine,
+        engine: LeadEngine,
+        ranks: Ranks,
         lineage: Lineage,
         metrics: LearnerMetrics | None,
         stack: ExitStack,
@@ -116,14 +143,22 @@ class _Learner:
         self._engine = engine
         self._lineage = lineage
         self._metrics = metrics
-        self._stale = 0
+        self._ranks = ranks
+        self._checkpoint_seconds = 0.0  # since the last record
+        self._turned_away = (0, 0)  # groups too old and uninformative, up to the last record
         self._step_ended = self._wait_started = time.monotonic()
         self._journal = Journal(run_dir, step=lineage.step)
         stack.callback(self._journal.close)
         kept = settings.weights.versions_kept
         self._publisher = Publisher(buffer, store, epoch=lineage.epoch, versions_kept=kept)
         stack.callback(self._publisher.close)
-        self._feed = Feed(buffer, epoch=lineage.epoch, capacity=2 * settings.learner.groups_per_step)
+        self._feed = Feed(
+            buffer,
+            Selection(settings, buffer, epoch=lineage.epoch, vocab_size=engine.vocab_size),
+            engine.lay_out,
+            epoch=lineage.epoch,
+            groups_per_step=settings.learner.groups_per_step,
+        )
         stack.callback(self._feed.close)
 
     def train(self) -> None:
@@ -132,90 +167,77 @@ class _Learner:
         # Actors start from this version: waiting for groups before it is out would wait for ever.
         self._publisher.finish()
         every = self._settings.learner.checkpoint_every_steps
-        while self._lineage.step < self._settings.run.steps and (leased := self._gather()) is not None:
-            self._update(leased)
-            # Trained groups stay in the buffer until they are committed; their bytes must not fill the server.
-            crowded = self._lineage.uncommitted_bytes > self._settings.buffer.max_bytes
-            if crowded or self._lineage.step % every == 0:
+        while self._lineage.step < self._settings.run.steps and (step := self._take()) is not None:
+            self._update(step)
+            started = time.monotonic()
+            self._lineage.relieve()
+            if self._lineage.step % every == 0:
                 self._lineage.checkpoint()
+            self._checkpoint_seconds += time.monotonic() - started
         self._lineage.checkpoint()
+        self._lineage.finish()
         self._publisher.finish()
 
-    def _gather(self) -> list[LeasedGroup] | None:
-        """The groups of the next step, none of them too old; None if the run drains."""
+    def _take(self) -> NextStep | None:
+        """The next step, no group of which is too old; None if the run drains."""
+        starvation_seconds = self._settings.learner.starvation_seconds
         needed = self._settings.learner.groups_per_step
-        wait = Wait(self._buffer, needed=needed, starvation_seconds=self._settings.learner.starvation_seconds)
-        chosen: list[LeasedGroup] = []
+        wait = Wait(self._buffer, needed=needed, starvation_seconds=starvation_seconds)
+        oldest_version = self._lineage.version - self._settings.buffer.lag_gate
+        arrived = self._feed.num_arrived
         self._wait_started = time.monotonic()
         if self._stopping():
             return None
-        while len(chosen) < needed:
-            if arrived := self._feed.take(needed - len(chosen), TICK_SECONDS):
+        while (step := self._feed.take(oldest_version, TICK_SECONDS)) is None:
+            if self._feed.num_arrived > arrived:
+                arrived = self._feed.num_arrived
                 wait.progressed()
-                chosen += self._usable(arrived)
-                continue
             if self._stopping():
                 return None
             self._publisher.check()
-            if wait.silent_seconds > self._settings.learner.starvation_seconds / 2:
+            self._lineage.check()
+            self._ranks.check()
+            if wait.silent_seconds > starvation_seconds / 2:
                 self._lineage.checkpoint()  # what it commits may be the memory that submitters wait for
-            wait.tick(len(chosen))
-        return chosen
+            wait.tick(self._feed.num_gathered)
+        return step
 
     def _stopping(self) -> bool:
         return self._buffer.control.state() != "running"
 
-    def _usable(self, arrived: Sequence[LeasedGroup]) -> list[LeasedGroup]:
-        """Send back what is too old, and drop what the model cannot read."""
-        gate = self._lineage.version - self._settings.buffer.lag_gate
-        stale = [item for item in arrived if item.group.oldest_version < gate]
-        if stale:
-            self._stale += len(stale)
-            log.info("%d groups are older than version %d and are generated again", len(stale), gate)
-            self._buffer.groups.return_stale(self._lineage.epoch, stale)
-        fresh = [item for item in arrived if item.group.oldest_version >= gate]
-        alien = [item for item in fresh if _largest_token(item) >= self._engine.vocab_size]
-        if alien:
-            log.error(
-                "%d groups have tokens outside the vocabulary of %d and are dropped; does actor %s run another model?",
-                len(alien),
-                self._engine.vocab_size,
-                alien[0].group.actor,
-            )
-            self._buffer.groups.mark_filtered(self._lineage.epoch, alien)
-        return [item for item in fresh if item not in alien] if alien else fresh
-
-    def _update(self, leased: list[LeasedGroup]) -> None:
-        """Train on the groups, publish if a version is due, and write down what happened."""
+    def _update(self, step: NextStep) -> None:
+        """Train on a step, publish if a version is due, and write down what happened."""
         settings, lineage = self._settings, self._lineage
         train_started = time.monotonic()
-        batch = build_step_batch(
-            [item.group for item in leased],
-            micro_batch_tokens=settings.learner.micro_batch_tokens,
-            normalise_std=settings.objective.normalise_std,
-        )
-        update = self._engine.update(batch)
+        update = self._engine.update(step.number, step.batch)
         train_ended = time.monotonic()
         version = lineage.version
-        lineage.trained(leased)
+        lineage.trained(step.leased)
         if lineage.step % settings.weights.updates_per_publish == 0:
             self._publish()
         now = time.monotonic()
+        # Starving is waiting for groups; waiting until they are laid out is not.
+        complete_at = min(max(step.complete_at, self._wait_started), train_started)
+        turned_away = (step.num_stale, step.num_filtered)
         context = StepContext(
             step=lineage.step,
             version=version,
             epoch=lineage.epoch,
             learning_rate=settings.learner.learning_rate,
             wall_seconds=lineage.wall_seconds,
-            stale=self._stale,
+            stale=turned_away[0] - self._turned_away[0],
+            filtered=turned_away[1] - self._turned_away[1],
             buffered_groups=self._buffer.groups.depth().buffered + len(self._feed),
-            wait_seconds=train_started - self._wait_started,
+            wait_seconds=complete_at - self._wait_started,
+            build_seconds=train_started - complete_at,
             step_seconds=now - self._step_ended,
             train_seconds=train_ended - train_started,
             publish_seconds=now - train_ended,
+            checkpoint_seconds=self._checkpoint_seconds,
         )
-        self._step_ended, self._stale = now, 0
-        self._record(step_record(batch, update, context))
+        self._step_ended, self._turned_away, self._checkpoint_seconds = now, turned_away, 0.0
+        rewards = [completion.reward for item in step.leased for completion in item.group.completions]
+        self._record(step_record(step.batch, update, context, rewards))
 
     def _record(self, record: StepRecord) -> None:
         self._lineage.count(record)
@@ -230,11 +252,6 @@ class _Learner:
     def _publish(self) -> None:
         """Give the current weights the next version number and hand a copy to the publisher."""
         self._lineage.version += 1
-        tensors = self._engine.tensors()
+        tensors = self._lineage.weights()
         probe = self._engine.probe(self._probe_tokens)
         self._publisher.submit(Snapshot(self._lineage.version, self._lineage.step, tensors, probe))
-
-
-def _largest_token(item: LeasedGroup) -> int:
-    group = item.group
-    return max(int(group.prompt_tokens.max()), *(int(c.tokens.max()) for c in group.completions))

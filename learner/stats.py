@@ -5,6 +5,7 @@ finite; where a mean has nothing to average, it is 0 (kernel mass: 1, nothing wa
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,15 +29,25 @@ class StepContext:
     learning_rate: float
     wall_seconds: float
     stale: int
+    filtered: int
     buffered_groups: int
     wait_seconds: float
+    build_seconds: float
     step_seconds: float
     train_seconds: float
     publish_seconds: float
+    checkpoint_seconds: float
 
 
-def step_record(batch: StepBatch, update: UpdateResult, context: StepContext) -> StepRecord:
-    """The record of one step; `context.version` is the learner's version while it trained."""
+def step_record(
+    batch: StepBatch, update: UpdateResult, context: StepContext, rewards: Sequence[float] | None = None
+) -> StepRecord:
+    """The record of one step; `context.version` is the learner's version while it trained.
+
+    Args:
+        rewards: the task's, `[S]`, where the batch has shaped ones.
+    """
+    task_rewards = batch.rewards if rewards is None else np.array(rewards, np.float64)
     lengths = np.array([len(c.tokens) for c in batch.completions])
     return StepRecord(
         step=context.step,
@@ -44,8 +55,11 @@ def step_record(batch: StepBatch, update: UpdateResult, context: StepContext) ->
         epoch=context.epoch,
         time=time.time(),
         wall_seconds=context.wall_seconds,
-        reward_mean=float(batch.rewards.mean()),
-        reward_std=float(batch.rewards.std()),
+        reward_mean=float(task_rewards.mean()),
+        reward_std=float(task_rewards.std()),
+        reward_min=float(task_rewards.min()),
+        reward_max=float(task_rewards.max()),
+        shaped_reward_mean=float(batch.rewards.mean()),
         zero_variance_share=_zero_variance_share(batch),
         loss=update.loss if np.isfinite(update.loss) else 0.0,
         grad_norm=update.grad_norm,
@@ -55,17 +69,23 @@ def step_record(batch: StepBatch, update: UpdateResult, context: StepContext) ->
         num_sequences=len(batch.completions),
         num_tokens=batch.num_tokens,
         response_tokens_mean=float(lengths.mean()),
+        response_tokens_max=int(lengths.max()),
         truncated_share=float(np.mean([c.finish_reason == "length" for c in batch.completions])),
         **_lag_fields(batch, context.version),
         **_weight_fields(batch, update),
         padding_share=batch.padding_share,
         silenced=int(update.silenced.sum()),
         stale=context.stale,
+        filtered=context.filtered,
         buffered_groups=context.buffered_groups,
         wait_seconds=context.wait_seconds,
         step_seconds=context.step_seconds,
         train_seconds=context.train_seconds,
         publish_seconds=context.publish_seconds,
+        build_seconds=context.build_seconds,
+        optimizer_seconds=update.optimizer_seconds,
+        checkpoint_seconds=context.checkpoint_seconds,
+        tokens_per_second=batch.num_tokens / context.step_seconds if context.step_seconds > 0 else 0.0,
     )
 
 
@@ -91,8 +111,9 @@ def _weight_fields(batch: StepBatch, update: UpdateResult) -> dict[str, object]:
     counted = (num_sampled > 0) & (update.silenced == 0)
     log_w, phi, advantages = update.log_w[counted], update.weights[counted], batch.advantages[counted]
     num_tokens = max(int(num_sampled[counted].sum()), 1)
-    positive, negative = phi[advantages > 0], phi[advantages < 0]
-    mass = float(np.abs(batch.advantages).sum())  # what is silenced is withheld too
+    good, bad = advantages > 0, advantages < 0
+    positive, negative = phi[good], phi[bad]
+    mass = float(np.abs(batch.advantages[num_sampled > 0]).sum())  # what is silenced is withheld too
     return {
         "log_w_mean": _mean(log_w),
         "log_w_std": float(log_w.std()) if len(log_w) else 0.0,
@@ -101,12 +122,18 @@ def _weight_fields(batch: StepBatch, update: UpdateResult) -> dict[str, object]:
         "phi_mean_pos": _mean(positive),
         "phi_mean_neg": _mean(negative),
         "phi_quantiles": _quantiles(phi),
+        "phi_quantiles_pos": _quantiles(positive),
+        "phi_quantiles_neg": _quantiles(negative),
         "log_w_quantiles": _quantiles(log_w),
-        "ess_w": _effective_share(log_w),
+        "log_w_quantiles_pos": _quantiles(log_w[good]),
+        "log_w_quantiles_neg": _quantiles(log_w[bad]),
+        "ess_w": _effective_share(np.exp(log_w - log_w.max(initial=-np.inf))),
+        "ess_phi": _effective_share(phi),
         "kernel_mass": float((phi * np.abs(advantages)).sum()) / mass if mass > 0 else 1.0,
         "starved_positive_share": _mean(positive < STARVED_WEIGHT),
         "behaviour_kl": float(update.behaviour_kl[counted].sum()) / num_tokens,
         "entropy": float(update.entropy[counted].sum()) / num_tokens,
+        "reference_kl": float(update.reference_kl[counted].sum()) / num_tokens,
     }
 
 
@@ -118,9 +145,7 @@ def _quantiles(values: NDArray[np.float64]) -> list[float]:
     return np.quantile(values, QUANTILES).tolist() if len(values) else [0.0] * len(QUANTILES)
 
 
-def _effective_share(log_w: NDArray[np.float64]) -> float:
-    """Effective sample size (ΣW)² / ΣW² as a share of the number of sequences."""
-    if not len(log_w):
-        return 0.0
-    w = np.exp(log_w - log_w.max())
-    return float(w.sum() ** 2 / (len(w) * np.square(w).sum()))
+def _effective_share(weights: NDArray[np.float64]) -> float:
+    """Effective sample size (Σw)² / Σw² of weights `[S]` ≥ 0 as a share of S."""
+    squares = float(np.square(weights).sum())
+    return float(weights.sum()) ** 2 / (len(weights) * squares) if squares > 0 else 0.0

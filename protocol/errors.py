@@ -60,6 +60,10 @@ class CheckpointError(VespoError):
     """A checkpoint is incomplete, damaged, or of another model."""
 
 
+class RankError(VespoError):
+    """Another rank of the learner failed, or went away; all ranks end, and resume from the last checkpoint."""
+
+
 class NonFiniteError(VespoError):
     """Gradients were not finite in several consecutive steps."""
 

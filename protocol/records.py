@@ -6,7 +6,15 @@ from pydantic import BaseModel, ConfigDict
 
 
 class StepRecord(BaseModel):
-    """One optimizer update, as the learner saw it. Durations in seconds; log W is the log importance weight."""
+    """One optimizer update, as the learner saw it; log W is the log importance weight, φ the objective's weight.
+
+    Fields with a default came later: a line without them is of an older learner. Rewards are the task's, before
+    shaping; `zero_variance_share` is over the groups trained on and their shaped rewards, what was `filtered` comes on
+    top. Seconds are those of the training thread from the last record to this one, `step_seconds`: `wait` for groups,
+    `build` until a batch whose groups are there is laid out, `train` for forward, backward and, as part of it,
+    `optimizer`, `publish` and `checkpoint` for copying what other threads write. `tokens_per_second` are response
+    tokens over `step_seconds`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,6 +51,7 @@ class StepRecord(BaseModel):
     starved_positive_share: float
     behaviour_kl: float
     entropy: float
+    reference_kl: float = 0.0
     padding_share: float
     silenced: int
     stale: int
@@ -51,17 +60,33 @@ class StepRecord(BaseModel):
     step_seconds: float
     train_seconds: float
     publish_seconds: float
+    reward_min: float = 0.0
+    reward_max: float = 0.0
+    shaped_reward_mean: float = 0.0
+    response_tokens_max: int = 0
+    ess_phi: float = 0.0
+    log_w_quantiles_pos: list[float] = []
+    log_w_quantiles_neg: list[float] = []
+    phi_quantiles_pos: list[float] = []
+    phi_quantiles_neg: list[float] = []
+    filtered: int = 0
+    build_seconds: float = 0.0
+    optimizer_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+    tokens_per_second: float = 0.0
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-"""Levels of `log_w_quantiles` and `phi_quantiles`."""
+"""Levels of the quantiles of log W and φ; `_pos` and `_neg` are over sequences of positive and negative advantage."""
 
 
 class ActorStatus(BaseModel):
     """What an actor says of itself. Counts and seconds are totals since it started.
 
     `parity` is that of the newest version probed, `parity_max` the largest with which one was served, `update_seconds`
-    the time generation stood still for all versions together.
+    the time generation stood still for all versions together, `served_seconds` the time since `served_version` was
+    verified, `parity_violations` probes over the tolerance, `reloads` the loads that were to cure one, and
+    `engine_rebuilds` the fresh engines. `error` says why an actor is quarantined.
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
@@ -76,6 +101,10 @@ class ActorStatus(BaseModel):
     groups_submitted: int = 0
     tickets_failed: int = 0
     versions_loaded: int = 0
+    served_seconds: float = 0.0
+    parity_violations: int = 0
+    reloads: int = 0
+    engine_rebuilds: int = 0
     update_seconds: float = 0.0
     busy_seconds: float = 0.0
     wall_seconds: float = 0.0

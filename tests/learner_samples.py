@@ -156,11 +156,14 @@ def make_context(**values: object) -> StepContext:
         "learning_rate": 1e-3,
         "wall_seconds": 10.0,
         "stale": 0,
+        "filtered": 0,
         "buffered_groups": 2,
         "wait_seconds": 0.1,
+        "build_seconds": 0.01,
         "step_seconds": 0.5,
         "train_seconds": 0.3,
         "publish_seconds": 0.05,
+        "checkpoint_seconds": 0.02,
     }
     return StepContext(**(numbers | values))  # type: ignore[arg-type]
 
@@ -170,5 +173,5 @@ def make_record(step: int) -> StepRecord:
     batch = build_step_batch(make_groups(2), micro_batch_tokens=1000, normalise_std=False)
     ones = np.ones(len(batch.completions))
     return step_record(
-        batch, UpdateResult(0.1, 1.0, False, 0 * ones, ones, 0 * ones, ones, ones), make_context(step=step)
+        batch, UpdateResult(0.1, 1.0, False, 0 * ones, ones, 0 * ones, ones, ones, 0 * ones), make_context(step=step)
     )

@@ -59,17 +59,17 @@ class Crash(BaseException):
 
 def crash_at(monkeypatch, moment, number):
     """Crash around the `number`-th write of a checkpoint: before it, or between it and the commit."""
-    write, calls = Checkpoints.write, count(1)
+    complete, calls = Checkpoints.complete, count(1)
 
-    def crashing(self, checkpoint, save_state):
+    def crashing(self, checkpoint, write):
         due = next(calls) == number
         if due and moment == "before":
             raise Crash
-        write(self, checkpoint, save_state)
+        complete(self, checkpoint, write)
         if due:
             raise Crash
 
-    monkeypatch.setattr(Checkpoints, "write", crashing)
+    monkeypatch.setattr(Checkpoints, "complete", crashing)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
