@@ -29,15 +29,20 @@ def group_advantages(
         normalise_std: divide by the group's sample standard deviation (ddof 1) plus 1e-6.
 
     Raises:
-        ValueError: the lengths differ, or the rewards are not one-dimensional.
+        ValueError: the lengths differ, rewards or ids are not one-dimensional, or a reward is not finite: a failure is
+            no reward, and would spoil its whole group.
     """
     source = rewards if isinstance(rewards, Tensor) else torch.as_tensor(np.asarray(rewards, dtype=np.float64))
-    ids = group_ids.tolist() if isinstance(group_ids, Tensor) else list(group_ids)
+    ids = list(group_ids.tolist() if isinstance(group_ids, Tensor | np.ndarray) else group_ids)
     if source.dim() != 1 or len(ids) != len(source):
         raise ValueError(f"rewards {tuple(source.shape)} and {len(ids)} group_ids must both be [N]")
     values = source.detach().double().cpu().numpy()
+    if len(wrong := np.flatnonzero(~np.isfinite(values))):
+        raise ValueError(f"reward {wrong[0]} of {len(values)}, in group {ids[wrong[0]]!r}, is {values[wrong[0]]}")
     members: dict[Hashable, list[int]] = {}
     for position, group in enumerate(ids):
+        if not isinstance(group, Hashable):
+            raise ValueError(f"group_ids must be [N] integers or names, but number {position} is {group!r}")
         members.setdefault(group, []).append(position)
     advantages = np.empty_like(values)
     for positions in members.values():
