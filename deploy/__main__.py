@@ -2,4 +2,5 @@
 
 from deploy.cli import main
 
-main()
+if __name__ == "__main__":  # the processes of a benchmark import this module again
+    main()
