@@ -7,6 +7,7 @@ import socket
 import torch
 from learner_reference import Spy, check_update, plain_reference
 from learner_samples import make_groups, make_settings, write_model
+from terms_reference import check_terms, whole_step
 
 from learner.batch import build_step_batch
 
@@ -32,6 +33,19 @@ def _rank(rank, port, directory, errors):
             settings = make_settings(directory, objective=objective, **SETTINGS)
             batch = build_step_batch(groups, micro_batch_tokens=40, normalise_std=False)
             check_update(Spy(settings, directory), batch, plain_reference(directory, settings, groups))
+        reference = directory.parent / "other"
+        coefficients = {"kl_coefficient": 0.3, "entropy_coefficient": 0.2}
+        for stage in (1, 3):
+            settings = make_settings(
+                directory,
+                objective=coefficients,
+                model={"reference": str(reference)},
+                learner={"zero_stage": stage, "micro_batch_tokens": 40},
+                **SETTINGS,
+            )
+            engine = Spy(settings, directory)
+            batch = engine.lay_out(groups)
+            check_terms(engine, batch, whole_step(directory, reference, groups, batch.advantages, 0.3, 0.2), kl=0.3)
         errors.put(None)
     except BaseException as error:
         errors.put(f"rank {rank}: {error!r}")
@@ -40,6 +54,7 @@ def _rank(rank, port, directory, errors):
 
 def test_two_ranks_compute_the_gradient_of_one(tmp_path):
     directory = write_model(tmp_path / "m")
+    write_model(tmp_path / "other", seed=1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

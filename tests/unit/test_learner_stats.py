@@ -26,6 +26,7 @@ def _update(num, *, log_w=0.0, weights=1.0, silenced=(), skipped=False):
         silenced=array,
         entropy=np.full(num, 3.0),
         behaviour_kl=np.full(num, 0.5),
+        reference_kl=np.full(num, 0.25),
     )
 
 
@@ -48,6 +49,7 @@ def test_rewards_and_counts():
     assert record.truncated_share == 0.0
     assert record.entropy == pytest.approx(8 * 3.0 / batch.num_tokens)
     assert record.behaviour_kl == pytest.approx(8 * 0.5 / batch.num_tokens)
+    assert record.reference_kl == pytest.approx(8 * 0.25 / batch.num_tokens)
     assert (record.loss, record.grad_norm, record.skipped) == (0.5, 0.25, False)
 
 
@@ -111,3 +113,9 @@ def test_metrics_export_what_the_record_says():
     assert registry.get_sample_value("vespo_learner_sequences_total", run) == 8
     assert registry.get_sample_value("vespo_learner_lag_versions_count", run) == 8
     assert registry.get_sample_value("vespo_learner_lag_versions_sum", run) == 16
+
+
+def test_lines_of_before_the_reference_was_recorded_are_read():
+    record = step_record(_batch([1.0, 0.0]), _update(2), make_context())
+    line = record.model_dump(exclude={"reference_kl"})
+    assert StepRecord.model_validate(line).reference_kl == 0.0
