@@ -8,6 +8,7 @@ from protocol.errors import SettingsError
 from protocol.objectives import OBJECTIVES
 from protocol.recipe import resolve
 from protocol.recipe_keys import all_keys, describe, nearest
+from protocol.settings import Settings
 
 MINIMAL = '[run]\nname = "x"\n[model.toy]\n'
 
@@ -186,3 +187,85 @@ def test_meanings_come_from_the_settings() -> None:
 def test_the_shipped_recipe_resolves() -> None:
     settings = resolve(Path(__file__).parents[2] / "deploy/recipes/arithmetic.toml", [], {}).settings
     assert settings.run.name == "arithmetic"
+
+
+def objective(path: Path, *overrides: str, **environ: str) -> dict[str, object]:
+    settings = resolve(path, overrides, environ).settings
+    assert Settings.model_validate_json(settings.model_dump_json()) == settings  # as the processes of a run get it
+    return {"name": settings.objective.name} | settings.objective.hyperparameters()
+
+
+def test_the_objective_is_chosen_by_its_name(tmp_path: Path) -> None:
+    path = recipe(tmp_path, MINIMAL + '[objective]\nname = "grpo"\nclip_low = 0.1\n')
+    chosen = {"name": "grpo", "clip_low": 0.1, "clip_high": 0.28, "dual_clip": 3.0}
+    assert objective(path) == chosen
+    assert objective(path, "objective.dual_clip=off") == chosen | {"dual_clip": None}
+    assert objective(path, VESPO_OBJECTIVE__CLIP_HIGH="0.5") == chosen | {"clip_high": 0.5}
+    assert objective(path, "objective.clip_low=") == chosen | {"clip_low": 0.2}
+    assert objective(recipe(tmp_path), VESPO_OBJECTIVE__K_POS="2.5")["k_pos"] == 2.5
+    assert objective(recipe(tmp_path), "objective={name='tis', ratio_max=3}") == {"name": "tis", "ratio_max": 3.0}
+
+
+def test_only_the_chosen_objective_is_shown(tmp_path: Path) -> None:
+    resolved = resolve(recipe(tmp_path), ["objective.name=sapo", "objective.tau_pos=2"], {})
+    origins = {key: origin for key, origin in resolved.origins.items() if key.startswith("objective.")}
+    assert origins["objective.tau_pos"] == "command line"
+    assert origins["objective.tau_neg"] == "default"
+    assert "objective.k_pos" not in origins
+    assert {row.key for row in resolved.rows() if row.key.startswith("objective.")} == origins.keys()
+
+
+def test_hyperparameters_go_with_the_objective_that_a_later_layer_replaces(tmp_path: Path) -> None:
+    path = recipe(tmp_path, MINIMAL + "[objective]\nk_pos = 4\nnormalise_std = true\n")
+    assert objective(path, "objective.name=reinforce") == {"name": "reinforce"}
+    assert resolve(path, ["objective.name=reinforce"], {}).settings.objective.normalise_std
+    assert objective(path, "objective.name=vespo")["k_pos"] == 4
+    gspo = objective(path, "objective.name=gspo", VESPO_OBJECTIVE__NAME="grpo", VESPO_OBJECTIVE__CLIP_LOW="0.3")
+    assert gspo == {"name": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}
+    later = objective(path, "objective.clip_low=0.1", VESPO_OBJECTIVE__NAME="gspo", VESPO_OBJECTIVE__CLIP_LOW="0.3")
+    assert later["clip_low"] == 0.1
+
+
+def test_an_objective_of_ones_own_takes_options(tmp_path: Path) -> None:
+    path = recipe(tmp_path, MINIMAL + '[objective]\nname = "mine.losses:soft"\n[objective.options]\nbeta = 0.1\n')
+    assert objective(path, "objective.options.kind=a b") == {"name": "mine.losses:soft", "beta": 0.1, "kind": "a b"}
+    assert objective(path, "objective.name=vespo")["name"] == "vespo"
+    assert "objective.options.beta" not in resolve(path, ["objective.name=vespo"], {}).origins
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        (
+            ["objective.clip_low=0.1"],
+            ["objective.clip_low", "command line", "not a setting of vespo but of grpo, gspo"],
+        ),
+        (["objective.name=grpo", "objective.k_pos=2"], ["objective.k_pos", "it has clip_low, clip_high, dual_clip"]),
+        (["objective.name=grpo", "objective.clip_hig=1"], ["unknown key", "did you mean objective.clip_high?"]),
+        (["objective.name=tis", "objective.ratio_min=1"], ["did you mean ratio_max?"]),
+        (["objective.name=reinforce", "objective.k_pos=2"], ["not a setting of reinforce", "it has none"]),
+        (["objective.options.beta=1"], ["objective.options (command line)", "not a setting of vespo"]),
+        (["objective.name=a:b", "objective.beta=1"], ["unknown key objective.beta"]),
+        (["objective.name=a:b", "objective.k_pos=1"], ["not a setting of a:b but of vespo", "it has options"]),
+        (["objective.name=vespa"], ["no such objective, the nearest is vespo", "package.module:function"]),
+        (["objective.name=a:"], ["no such objective"]),
+        (["objective.k_neg=0.99"], ["greater than or equal to 1", "second moment"]),
+        (["objective.lambda_pos=0"], ["greater than 0"]),
+        (["objective.name=grpo", "objective.dual_clip=1"], ["greater than 1", '"off"']),
+        (["objective.name=grpo", "objective.clip_low=none"], ["valid number"]),
+        (["objective.name=cispo", "objective.ratio_min=9"], ["ratio_min = 9.0 is above ratio_max = 5.0"]),
+        (["objective.name=bapo", "objective.low_start=0.95"], ["low_start = 0.95 is above low_max = 0.9"]),
+        (["objective.name=bapo", "objective.high_step=1e-5"], ["more than 1000 steps"]),
+        (["objective.aggregation=mean"], ["'token-mean' or 'sequence-mean-token-mean'"]),
+    ],
+)
+def test_a_wrong_objective_says_what_it_has(tmp_path: Path, overrides: list[str], fragments: list[str]) -> None:
+    (line,) = problems(recipe(tmp_path), *overrides)
+    assert all(fragment in line for fragment in fragments), line
+
+
+def test_mistakes_of_the_objective_are_reported_with_all_others(tmp_path: Path) -> None:
+    lines = problems(
+        recipe(tmp_path), "objective.k_pos=0", "objective.clip_low=1", "objective.lambda_neg=0", "run.steps=0"
+    )
+    assert len(lines) == 4
