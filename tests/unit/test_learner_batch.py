@@ -78,7 +78,8 @@ def test_advantages_compare_within_groups_and_follow_their_rows():
 def test_the_layout_is_deterministic():
     first, second = (build_step_batch(make_groups(5), micro_batch_tokens=64, normalise_std=False) for _ in range(2))
     for a, b in zip(first.micro_batches, second.micro_batches, strict=True):
-        assert all(bool((getattr(a, name) == getattr(b, name)).all()) for name in a.__slots__)
+        tensors = [name for name in a.__slots__ if name != "packed"]
+        assert all(bool((getattr(a, name) == getattr(b, name)).all()) for name in tensors)
 
 
 @pytest.mark.parametrize("rewards", [[1.0, 0.0, 0.0, 0.0], [1.0] * 4])
