@@ -119,11 +119,9 @@ class BapoSettings(ObjectiveSettings):
     positive_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """BAPO: share of the clipped objective's size that tokens with positive advantage are to have."""
     low_start: Annotated[float, Field(ge=0, le=1)] = 0.6
-    """BAPO: where the search for the lower clip bound starts."""
+    """BAPO: lower clip bound where the share is reached without a search."""
     low_max: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """BAPO: where the search for the lower clip bound ends."""
-    low_step: Step = 0.05
-    """BAPO: by how much the lower clip bound moves."""
+    """BAPO: lower clip bound otherwise."""
     high_start: Annotated[float, Field(ge=1, le=100)] = 1.2
     """BAPO: where the search for the upper clip bound starts."""
     high_max: Annotated[float, Field(ge=1, le=100)] = 3.0
@@ -134,14 +132,14 @@ class BapoSettings(ObjectiveSettings):
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        for side, start, end, step in (
-            ("low", self.low_start, self.low_max, self.low_step),
-            ("high", self.high_start, self.high_max, self.high_step),
-        ):
+        for side, start, end in (("low", self.low_start, self.low_max), ("high", self.high_start, self.high_max)):
             if start > end:
                 raise ValueError(f"{side}_start = {start} is above {side}_max = {end}")
-            if (end - start) / step > MAX_CANDIDATES:
-                raise ValueError(f"{side}_step = {step} makes more than {MAX_CANDIDATES} steps from {start} to {end}")
+        if (self.high_max - self.high_start) / self.high_step > MAX_CANDIDATES:
+            raise ValueError(
+                f"high_step = {self.high_step} makes more than {MAX_CANDIDATES} steps from high_start = "
+                f"{self.high_start} to high_max = {self.high_max}"
+            )
         return self
 
 

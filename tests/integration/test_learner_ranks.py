@@ -29,7 +29,10 @@ def _rank(rank, port, directory, errors):
                 engine = Spy(settings, directory)
             names = engine.tensors().keys()
             assert "lm_head.weight" in names
-        for objective in ({"name": "gspo", "clip_low": 0.5}, {"name": "bapo", "positive_share": 0.6, "low_step": 0.01}):
+        for objective in (
+            {"name": "gspo", "clip_low": 0.5},
+            {"name": "bapo", "positive_share": 0.6, "high_step": 0.01},
+        ):
             settings = make_settings(directory, objective=objective, **SETTINGS)
             batch = build_step_batch(groups, micro_batch_tokens=40, normalise_std=False)
             check_update(Spy(settings, directory), batch, plain_reference(directory, settings, groups))

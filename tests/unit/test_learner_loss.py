@@ -17,7 +17,7 @@ TABLES = [{"name": name} for name in OBJECTIVES] + [
     {"name": "own_objectives:by_sequence"},
     {"name": "vespo", "aggregation": "sequence-mean-token-mean", "k_pos": 1.5},
     {"name": "gspo", "aggregation": "token-mean", "clip_low": 0.5, "clip_high": 0.5},
-    {"name": "bapo", "positive_share": 0.6, "low_step": 0.01, "aggregation": "sequence-mean-token-mean"},
+    {"name": "bapo", "positive_share": 0.6, "high_step": 0.01, "aggregation": "sequence-mean-token-mean"},
 ]
 
 
@@ -38,7 +38,7 @@ def test_gradient_does_not_depend_on_the_cut(model, table):
 
 def test_the_bounds_of_bapo_depend_on_the_whole_step(model):
     groups = make_groups(4)
-    settings = make_settings(model, objective={"name": "bapo", "positive_share": 0.6, "low_step": 0.01})
+    settings = make_settings(model, objective={"name": "bapo", "positive_share": 0.6, "high_step": 0.01})
     batch = build_step_batch(groups, micro_batch_tokens=20, normalise_std=False)
     engine = Spy(settings, model)
     engine._look_ahead = lambda share: None  # each micro-batch takes itself for the whole

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from objective_reference import reference
+from objective_reference import bapo_bounds, reference
 
 from learner.objectives import OBJECTIVES, compute_objective, compute_statistics
 
@@ -25,7 +25,7 @@ HYPERPARAMETERS = {
     "bapo": [
         {},
         {"positive_share": 0.7, "dual_clip": None},
-        {"high_step": 0.3, "low_step": 0.07, "positive_share": 0.4},
+        {"high_step": 0.3, "low_start": 0.7, "positive_share": 0.4},
     ],
     "tis": [{}, {"ratio_max": 1}],
     "reinforce": [{}],
@@ -227,3 +227,17 @@ def test_without_gradient_the_loss_is_the_same(name, aggregation):
     with torch.inference_mode():
         plain = compute_objective(name, *inputs, aggregation=aggregation).loss
     assert plain == loss_and_gradient(name, *inputs, aggregation=aggregation)[0].loss
+
+
+@pytest.mark.parametrize(("scale", "low", "high"), [(1.44, 0.6, 1.2), (1.45, 0.9, 1.75), (1.8, 0.9, 2.6), (9, 0.9, 3)])
+def test_bapo_moves_its_bounds_until_the_share_is_reached(scale, low, high):
+    positive = torch.linspace(0.1, 3.4, 23, dtype=torch.float64).log()
+    negative = torch.linspace(0.1, 1.0, 23, dtype=torch.float64).log()
+    logprobs = torch.stack([positive, negative]) - 5
+    behaviour, values, mask = torch.full_like(logprobs, -5), torch.tensor([1.0, -scale]).double(), torch.ones(2, 23)
+    log_ratios = (logprobs - behaviour).tolist()
+    assert bapo_bounds(log_ratios, values.tolist()) == pytest.approx((low, high))
+    _, gradient = loss_and_gradient("bapo", logprobs, behaviour, values, mask)
+    ratio = (logprobs - behaviour).exp()
+    used = torch.stack([ratio[0] <= high, ratio[1] >= low])
+    assert torch.equal(gradient != 0, used)
