@@ -6,7 +6,7 @@ import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
@@ -72,29 +72,38 @@ def run_actor(
         import vllm  # noqa: F401  # takes seconds: done while the learner prepares the first version
         from transformers import AutoTokenizer
 
+        # The skeleton stays for the actor's life: an engine that fails is built anew from it.
         with tempfile.TemporaryDirectory(prefix="vespo-skeleton-") as directory:
             if not _wait_for_first_version(buffer, stop):
                 return
             skeleton = Path(directory)
             store.read_skeleton(skeleton)
             tokenizer = AutoTokenizer.from_pretrained(skeleton, trust_remote_code=settings.model.trust_remote_code)
-            seed = np.random.SeedSequence([settings.run.seed, *incarnation.encode()]).generate_state(1)[0]
-            engine = VllmEngine(settings, skeleton, int(seed) % 2**31)
-        rollout = Rollout(settings, incarnation, links, engine, task, tokenizer)
-        follower = WeightFollower(
-            buffer.clock, store, links.inbox.put, lambda error: links.inbox.put(LinkFailed(error))
-        )
-        follower.start()
-        try:
-            rollout.run(stop)
-        finally:
-            follower.stop()
-            engine.close()
+            seeds = _seeds(settings.run.seed, incarnation)
+            rollout = Rollout(
+                settings, incarnation, links, lambda: VllmEngine(settings, skeleton, next(seeds)), task, tokenizer
+            )
+            follower = WeightFollower(
+                buffer.clock, store, links.inbox.put, lambda error: links.inbox.put(LinkFailed(error))
+            )
+            follower.start()
+            try:
+                rollout.run(stop)
+            finally:
+                follower.stop()
+                rollout.close()
     finally:
         links.close(settings.buffer.lease_seconds)
         if exporter is not None:
             exporter.shutdown()
             exporter.server_close()
+
+
+def _seeds(run_seed: int, incarnation: str) -> Iterator[int]:
+    """A sampling seed for each engine of each actor, all different."""
+    generator = np.random.default_rng([run_seed, *incarnation.encode()])
+    while True:
+        yield int(generator.integers(2**31))
 
 
 def _export(settings: Settings, incarnation: str, status: Callable[[], ActorStatus]) -> WSGIServer | None:

@@ -2,7 +2,8 @@
 
 The engine is driven from this one thread; everything that waits for Redis or the weight store happens elsewhere
 (`actors.links`, `actors.weights.follower`) and arrives as a message. A version is served only after its parity probe
-(`actors.weights.gate`): groups that finish between an update and the verdict are held back.
+(`actors.weights.gate`): groups that finish between an update and the verdict are held back. An engine that fails an
+update is replaced there; what it had in generation goes back to the buffer here.
 """
 
 import logging
@@ -11,6 +12,7 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ from actors.tasks import Task
 from actors.weights.follower import StagedVersion
 from actors.weights.gate import Verdict, VersionGate
 from protocol.clock import prompt_of_ticket
-from protocol.errors import TaskError
+from protocol.errors import EngineError, TaskError
 from protocol.records import ActorStatus
 from protocol.settings import Settings
 from protocol.trajectory import Completion, Group, Ticket
@@ -41,14 +43,27 @@ class _Generating:
 
 
 class Rollout:
-    """The loop of one actor around one engine."""
+    """The loop of one actor around one engine at a time."""
 
-    def __init__(self, settings: Settings, name: str, links: Links, engine: Engine, task: Task, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        links: Links,
+        build_engine: Callable[[], Engine],
+        task: Task,
+        tokenizer: Any,
+    ) -> None:
+        """Build the first engine.
+
+        Raises:
+            EngineError: it cannot be built.
+        """
         self._settings = settings
         self._name = name
         self._links = links
-        self._engine = engine
-        self._gate = VersionGate(engine, settings.parity_tolerance)
+        drains = settings.weights.update == "drain"
+        self._gate = VersionGate(build_engine, settings.parity_tolerance, drains=drains)
         self._task = task
         self._tokenizer = tokenizer
         self._active: dict[str, _Generating] = {}
@@ -63,15 +78,24 @@ class Rollout:
         """Work until the run ends or is drained, or `stop` is set, which drains this actor alone.
 
         Raises:
-            ParityError, EngineError: the engine cannot be trusted any more; start a new one.
+            ParityError, EngineError: a fresh engine fails as well, or the engine failed while it served.
             BufferUnavailableError: Redis stayed away.
         """
         while not self._done(stop):
             self._receive(block=not self._engine.num_running)
             if self._engine.num_running:
                 self._step()
-            self._gate.load_offered()
+            while not self._gate.update(idle=not self._active):
+                self._abandon()
             self._ask()
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._engine.close()
+
+    @property
+    def _engine(self) -> Engine:
+        return self._gate.engine
 
     def status(self) -> ActorStatus:
         """What the registry shows of this actor; called from the keeper's thread."""
@@ -80,12 +104,16 @@ class Rollout:
             pid=os.getpid(),
             host=socket.gethostname(),
             served_version=self._gate.served_version,
+            served_seconds=self._gate.served_seconds,
             parity=self._gate.parity,
             parity_max=self._gate.parity_max,
             tokens_generated=self._tokens_generated,
             groups_submitted=self._links.groups_submitted,
             tickets_failed=self._links.tickets_failed,
             versions_loaded=self._gate.versions_loaded,
+            parity_violations=self._gate.violations,
+            reloads=self._gate.reloads,
+            engine_rebuilds=self._gate.rebuilds,
             update_seconds=self._gate.update_seconds,
             busy_seconds=self._busy_seconds,
             wall_seconds=0.0 if self._first_served is None else time.monotonic() - self._first_served,
@@ -100,7 +128,7 @@ class Rollout:
             return "quarantined"
         if self._gate.served_version < 0:
             return "starting"
-        if self._gate.verifying:
+        if self._gate.verifying or self._gate.draining:
             return "updating"
         return "serving" if self._active else "waiting"
 
@@ -146,7 +174,7 @@ class Rollout:
 
     @property
     def _accepting(self) -> bool:
-        return self._drain_deadline is None and not self._gate.quarantined
+        return self._drain_deadline is None and not self._gate.quarantined and not self._gate.draining
 
     def _ask(self) -> None:
         capacity = max(1, self._settings.actors.concurrency // self._settings.task.group_size)
@@ -180,7 +208,14 @@ class Rollout:
 
     def _step(self) -> None:
         started = time.monotonic()
-        results = self._engine.step()
+        try:
+            results = self._engine.step()
+        except EngineError as error:
+            if not self._gate.verifying:
+                raise
+            self._gate.lose(error)  # a part of the update that had not shown until now
+            self._abandon()
+            return
         if self._active:
             self._busy_seconds += time.monotonic() - started
         for result in results:
@@ -225,7 +260,14 @@ class Rollout:
                     self._links.submit(group)
                 self._held_back.clear()
             case Verdict.VIOLATED:
-                tickets = [work.ticket for work in self._active.values()] + [g.ticket for g in self._held_back]
-                self._drop(list(self._active))
-                self._held_back.clear()
-                self._links.give_back(tickets)
+                self._abandon()
+
+    def _abandon(self) -> None:
+        """Give back everything in generation: its weights cannot be trusted, or its engine is lost."""
+        self._ask()  # first, so that nothing is taken while an engine is being replaced
+        tickets = [work.ticket for work in self._active.values()] + [group.ticket for group in self._held_back]
+        if not self._gate.engine_lost:
+            self._engine.abort(list(self._active))
+        self._active.clear()
+        self._held_back.clear()
+        self._links.give_back(tickets)

@@ -107,11 +107,15 @@ ACTOR_COUNTERS = {
     "groups_submitted": ("vespo_actor_groups", "Complete groups accepted by the buffer"),
     "tickets_failed": ("vespo_actor_failed_tickets", "Tickets failed by the task or its scorer"),
     "versions_loaded": ("vespo_actor_updates", "Policy versions taken"),
+    "parity_violations": ("vespo_actor_parity_violations", "Parity probes over the tolerance"),
+    "reloads": ("vespo_actor_reloads", "Versions loaded again after a parity violation"),
+    "engine_rebuilds": ("vespo_actor_engine_rebuilds", "Engines replaced because an update failed"),
     "update_seconds": ("vespo_actor_update_seconds", "Time generation stood still to take versions"),
     "busy_seconds": ("vespo_actor_busy_seconds", "Time in engine steps with sequences in generation"),
 }
 ACTOR_GAUGES = {
     "served_version": ("vespo_actor_served_version", "Verified policy version that generates"),
+    "served_seconds": ("vespo_actor_served_seconds", "Time since the served version was verified"),
     "parity": ("vespo_actor_parity_nats", "Largest log-prob difference to the learner under one version"),
     "running_sequences": ("vespo_actor_running_sequences", "Completions in generation"),
 }

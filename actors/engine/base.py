@@ -68,4 +68,4 @@ class Engine(Protocol):
         """Replace the weights in place; running requests go on, their later tokens under the new version."""
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Free what the engine holds, so that another may start in this process; safe to repeat."""

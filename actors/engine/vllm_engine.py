@@ -63,7 +63,7 @@ class VllmEngine:
             device_options: dict[str, Any] = {"gpu_memory_utilization": actors.gpu_memory_utilization}
             if not _on_gpu(settings):
                 device_options = {"kv_cache_memory_bytes": int(actors.kv_cache_gib * 2**30), "enforce_eager": True}
-            self._llm = LLM(
+            self._llm: Any = LLM(
                 model=str(skeleton),
                 dtype=settings.model.dtype,
                 load_format="dummy",
@@ -76,7 +76,7 @@ class VllmEngine:
                 disable_log_stats=True,
                 **device_options,
             )
-            self._engine = self._llm.llm_engine
+            self._engine: Any = self._llm.llm_engine
             self._engine.collective_rpc("init_weight_transfer_engine", args=({},))
             self._sampling = SamplingParams(
                 temperature=task.temperature,
@@ -89,6 +89,7 @@ class VllmEngine:
                 max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
             )
         self._version = -1
+        self._num_loads = 0
         self._internal_ids: dict[str, str] = {}
 
     @property
@@ -102,7 +103,7 @@ class VllmEngine:
         return len(self._internal_ids)
 
     def generate(self, request_id: str, prompt_tokens: Sequence[int], num_samples: int) -> None:
-        """Queue `num_samples` completions of one prompt, with a prefix cache of this version's own."""
+        """Queue `num_samples` completions of one prompt, with a prefix cache of the loaded weights' own."""
         params = self._sampling.clone()
         params.n = num_samples
         self._add(request_id, prompt_tokens, params)
@@ -112,7 +113,8 @@ class VllmEngine:
         self._add(request_id, tokens, self._scoring.clone())
 
     def _add(self, request_id: str, tokens: Sequence[int], params: Any) -> None:
-        prompt = {"prompt_token_ids": list(tokens), "cache_salt": f"v{self._version}"}
+        # Salted by the load, not by the version: what a damaged load left in the cache must not survive its repetition.
+        prompt = {"prompt_token_ids": list(tokens), "cache_salt": f"load-{self._num_loads}"}
         with _engine_errors("add a request"):
             self._internal_ids[request_id] = self._engine.add_request(request_id, prompt, params)
 
@@ -141,6 +143,7 @@ class VllmEngine:
     def load(self, manifest: Manifest, tensors: Sequence[RawTensor]) -> None:
         """Replace the weights in place. An error half-way leaves layers without storage: the engine is lost."""
         with _engine_errors(f"load version {manifest.version}"):
+            self._num_loads += 1
             self._engine.collective_rpc("start_weight_update")
             self._engine.collective_rpc("update_weights", args=({"tensors": tensors},))
             self._engine.collective_rpc("finish_weight_update")
@@ -148,8 +151,17 @@ class VllmEngine:
         self._version = manifest.version
 
     def close(self) -> None:
-        """Stop the engine's worker."""
-        self._engine.engine_core.shutdown()
+        """Stop the engine's worker and free its memory; another engine may then start in this process."""
+        if self._llm is None:
+            return
+        with _engine_errors("shut down"):
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            try:
+                self._engine.engine_core.shutdown()
+            finally:
+                self._llm = self._engine = None
+                cleanup_dist_env_and_memory()
 
 
 def _on_gpu(settings: Settings) -> bool:
