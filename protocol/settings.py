@@ -191,6 +191,10 @@ class WeightSettings(Section):
     """Payloads kept in the store, the newest ones."""
     parity_tolerance: float | None = Field(default=None, gt=0)
     """Largest log-prob difference to the learner with which an actor may serve; default 1e-4 float32, 0.5 bfloat16."""
+    update: Literal["in_flight", "drain"] = "in_flight"
+    """How an actor takes a version. `in_flight`: between two tokens; running completions go on under the new weights,
+    and say which version sampled what. `drain`: nothing new begins and running completions finish first, so that one
+    version samples each; the engine runs empty at every update."""
 
 
 class MetricsSettings(Section):
