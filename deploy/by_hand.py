@@ -12,7 +12,7 @@ from deploy.interrupts import Interrupts
 from deploy.live import Lines
 from deploy.preflight import preflight
 from deploy.results import leave_results
-from deploy.roles import prepare_process, run_actor_role, run_learner_role
+from deploy.roles import prepare_process, run_actor_role, run_follower_role, run_learner_role
 from deploy.rundir import RunDirectory
 from deploy.snapshot import Trend, take_snapshot
 from protocol.errors import LauncherError, VespoError
@@ -43,6 +43,18 @@ def learner_by_hand(resolved: Resolved, directory: RunDirectory) -> None:
         finally:
             ended.set()
         leave_results(settings, directory, open_run(settings).buffer, history)
+
+
+def follower_by_hand(resolved: Resolved, directory: RunDirectory) -> None:
+    """Train along in this process, as a rank other than 0, until rank 0 is done. The second Ctrl-C ends the process.
+
+    Raises:
+        VespoError: another rank failed, or went away.
+    """
+    with Interrupts():
+        settings = placed(resolved.settings, directory, "")
+        prepare_process(settings)
+        run_follower_role(settings, directory)
 
 
 def _attend(settings: Settings, interrupts: Interrupts, ended: threading.Event) -> None:

@@ -69,13 +69,19 @@ def config(
 
 @app.command()
 def learner(recipe: Recipe, overrides: Overrides = None, run_dir: RunDir = None) -> None:
-    """Run the learner by hand, without Ray. Ctrl-C drains the run: a checkpoint is written, actors return tickets."""
-    from deploy.by_hand import learner_by_hand
+    """Run the learner by hand, without Ray. Ctrl-C drains the run: a checkpoint is written, actors return tickets.
+
+    Several processes make one learner when they are started with torchrun's environment: RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR, MASTER_PORT. All need the run directory under the same path; rank 0 alone needs the server.
+    """
+    from deploy.by_hand import follower_by_hand, learner_by_hand
+    from deploy.roles import learner_rank
     from deploy.rundir import RunDirectory
     from protocol.recipe import resolve
 
     resolved = resolve(recipe, overrides or [], os.environ)
-    learner_by_hand(resolved, RunDirectory(run_dir or Path("runs") / resolved.settings.run.name))
+    by_hand = learner_by_hand if learner_rank() == 0 else follower_by_hand
+    by_hand(resolved, RunDirectory(run_dir or Path("runs") / resolved.settings.run.name))
 
 
 @app.command()

@@ -83,8 +83,11 @@ def run_learner_role(settings: Settings, directory: RunDirectory) -> None:
     connected = open_run(settings)
     try:
         from learner.loop import run_learner
+        from learner.ranks import meet
 
+        _join_ranks(settings)
         model_dir = _model_directory(settings, directory)
+        meet()
         run_learner(
             settings,
             run_dir=directory.path,
@@ -98,6 +101,32 @@ def run_learner_role(settings: Settings, directory: RunDirectory) -> None:
     except VespoError as error:
         connected.buffer.control.set_state("failed", f"{type(error).__name__}: {error}")
         raise
+
+
+def learner_rank() -> int:
+    """Number of this process among those of the learner, as a launcher such as torchrun sets it; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def run_follower_role(settings: Settings, directory: RunDirectory) -> None:
+    """Train along as a rank other than 0, which needs the run directory and the model but neither server nor store.
+
+    Raises:
+        RankError: another rank failed, or went away.
+    """
+    from learner.loop import follow_learner
+    from learner.ranks import meet
+
+    _join_ranks(settings)
+    meet()  # rank 0 may have to build the model
+    follow_learner(settings, model_dir=_model_directory(settings, directory))
+
+
+def _join_ranks(settings: Settings) -> None:
+    """Connect before anything can fail: the others notice that a process ended only if they are connected to it."""
+    from learner.sharding import join_process_group
+
+    join_process_group(settings.model.device, settings.learner.rank_timeout_seconds)
 
 
 def run_actor_role(settings: Settings, name: str, directory: RunDirectory, stop: threading.Event | None = None) -> None:

@@ -112,7 +112,8 @@ class _Follower:
         self._writer = Background("checkpoint")
         self._encoded: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._batches: queue.SimpleQueue[tuple[int, StepBatch] | BaseException] = queue.SimpleQueue()
-        threading.Thread(target=self._prepare, name="feed", daemon=True).start()
+        self._thread = threading.Thread(target=self._prepare, name="feed", daemon=True)
+        self._thread.start()
 
     def obey(self, message: Message) -> bool:
         """Carry out one order; False if it was to stop."""
@@ -140,6 +141,7 @@ class _Follower:
     def close(self) -> None:
         """End the threads."""
         self._encoded.put(None)
+        self._thread.join(CLOSE_SECONDS)
         self._writer.close(CLOSE_SECONDS)
 
     def _batch(self, number: int) -> StepBatch:

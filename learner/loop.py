@@ -11,7 +11,8 @@ there. Of several ranks, rank 0 does all of this and takes the others along (`le
 
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -49,7 +50,7 @@ def run_learner(
     store: WeightStore,
     probe_tokens: list[list[int]],
 ) -> None:
-    """Train until `run.steps` updates are done, or until the run is no longer "running"; resumes what `run_dir` holds.
+    """As rank 0, train until `run.steps` updates are done or the run is no longer "running"; resumes what there is.
 
     When all steps are done, `run_dir/model` holds the trained model as a Hugging Face directory and the run's state is
     "finished". A drained run has written a checkpoint and committed everything it was trained on.
@@ -66,13 +67,27 @@ def run_learner(
         NonFiniteError: gradients were not finite in three steps in a row.
         SettingsError, CheckpointError, WeightStoreError, BufferUnavailableError, RunMismatchError: what they say.
     """
+    with _on_this_rank(settings, model_dir) as (engine, ranks):
+        _lead(settings, run_dir, model_dir, buffer, store, probe_tokens, LeadEngine(engine, ranks), ranks)
+
+
+def follow_learner(settings: Settings, *, model_dir: Path) -> None:
+    """What every rank but 0 does instead: train along until rank 0, which alone has a buffer, says that it is done.
+
+    Raises:
+        RankError: another rank of this learner failed, or went away.
+    """
+    with _on_this_rank(settings, model_dir) as (engine, ranks):
+        follow(engine, ranks)
+
+
+@contextmanager
+def _on_this_rank(settings: Settings, model_dir: Path) -> Iterator[tuple[Engine, Ranks]]:
+    """The policy's share of this rank, and the way to the others, who learn how this one ends."""
     engine = Engine(settings, model_dir)
     ranks = Ranks(settings.learner.rank_timeout_seconds)
     try:
-        if ranks.rank == 0:
-            _lead(settings, run_dir, model_dir, buffer, store, probe_tokens, LeadEngine(engine, ranks), ranks)
-        else:
-            follow(engine, ranks)
+        yield engine, ranks
     except BaseException as error:
         ranks.stop(f"{type(error).__name__}: {error}")
         raise
@@ -223,7 +238,7 @@ class _Learner:
             step=lineage.step,
             version=version,
             epoch=lineage.epoch,
-            learning_rate=settings.learner.learning_rate,
+            learning_rate=update.learning_rate,
             wall_seconds=lineage.wall_seconds,
             stale=turned_away[0] - self._turned_away[0],
             filtered=turned_away[1] - self._turned_away[1],

@@ -36,10 +36,21 @@ log = logging.getLogger(__name__)
 
 PULSE_SECONDS = 5.0
 GRACE_SECONDS = 30.0
+CLOSE_SECONDS = 10.0
 SILENCE_SECONDS = 60.0  # without a pulse, rank 0 is taken for gone
 MAX_PART_BYTES = MAX_HEADER_BYTES + MAX_BODY_BYTES + 1024
 MAX_PARTS = 1 << 20
 MAX_PROBLEM_BYTES = 4096
+
+
+def meet() -> None:
+    """Wait until every process of the group is here.
+
+    Raises:
+        RankError: one of them is gone.
+    """
+    with attributed():
+        dist.barrier()
 
 
 class Order(IntEnum):
@@ -86,7 +97,8 @@ class Ranks:
         limit = timedelta(seconds=timeout_seconds)
         self._agreements = {name: dist.new_group(backend="gloo", timeout=limit) for name in ("load", "checkpoint")}
         work = self._beat if self.rank == 0 else self._listen
-        threading.Thread(target=work, name="ranks", daemon=True).start()
+        self._thread = threading.Thread(target=work, name="ranks", daemon=True)
+        self._thread.start()
 
     def say(self, order: Order, number: int = 0, parts: Sequence[bytes] = ()) -> None:
         """Rank 0: tell the others. Threads may share it.
@@ -146,6 +158,10 @@ class Ranks:
                 self.say(Order.STOP, parts=[why.encode()])
             except RankError as error:
                 log.warning("%s", error)
+        if self.size > 1:
+            self._thread.join(CLOSE_SECONDS)
+            if dist.get_backend() == "gloo":  # its threads must not outlive the interpreter
+                dist.destroy_process_group()
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
         dist.broadcast(tensor, src=0, group=self._orders)
