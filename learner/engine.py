@@ -7,9 +7,10 @@ launcher; RANK and WORLD_SIZE of one are used when they are set. Offload and sch
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,24 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
-from learner.batch import MicroBatch, StepBatch
+from learner.batch import MicroBatch, StepBatch, build_step_batch
 from learner.logprobs import Policy, scatter_rows
 from learner.loss import StepLoss
+from learner.model import DTYPES, attention_cost, load_model
 from learner.objectives import ObjectiveResult
 from learner.sharding import initialize, join_process_group, wraps_optimizer
+from learner.state import StateCopies, restore
+from learner.terms import Terms
 from learner.weights import checkpoint_tensors
-from protocol.errors import CheckpointError, NonFiniteError
+from protocol.errors import NonFiniteError
 from protocol.manifest import Probe
 from protocol.settings import Settings
+from protocol.trajectory import Group
 
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 3
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TAG = "state"  # DeepSpeed's name for the one state in a checkpoint's directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,9 @@ class UpdateResult:
         log_w: log importance weight of each sequence.
         weights: the objective's coefficient of each sequence.
         silenced: 1 where the sequence was left out because a log-prob was not finite.
-        entropy, behaviour_kl: sums over each sequence's sampled tokens of the policy's entropy and of behaviour
-            minus policy log-prob.
+        entropy, behaviour_kl, reference_kl: sums over each sequence's sampled tokens of the policy's entropy, of
+            behaviour minus policy log-prob, and of the estimate of the KL divergence from the reference.
+        optimizer_seconds: time of clipping and the optimizer's step, after all gradients are there.
     """
 
     loss: float
@@ -61,6 +63,8 @@ class UpdateResult:
     silenced: NDArray[np.float64]
     entropy: NDArray[np.float64]
     behaviour_kl: NDArray[np.float64]
+    reference_kl: NDArray[np.float64]
+    optimizer_seconds: float = 0.0
 
 
 class Engine:
@@ -69,6 +73,7 @@ class Engine:
     Attributes:
         device: where this rank computes.
         vocab_size: rows of the input embedding; larger token ids cannot be read.
+        packs: whether rows hold several sequences.
         layout: names what a saved state depends on: parameters, precision, sharding.
     """
 
@@ -81,28 +86,21 @@ class Engine:
         """
         self._settings = settings
         self._loss = StepLoss(settings.objective)
-        self.device = join_process_group(settings.model.device)
+        self.device = join_process_group(settings.model.device, settings.learner.rank_timeout_seconds)
         torch.set_num_threads(settings.learner.cpu_threads)
         torch.manual_seed(settings.run.seed)
-        transformers_logging.disable_progress_bar()
-        dtype = DTYPES[settings.learner.precision]
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=settings.model.trust_remote_code,
-            local_files_only=True,
-        )
+        model, self.packs = load_model(settings, model_dir)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
-        if settings.learner.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._policy = Policy(model)
+        self._attention_cost = attention_cost(model.config)
+        self._policy = Policy(model, entropy_gradient=settings.objective.entropy_coefficient > 0)
+        self._terms = Terms(settings, model_dir, self.device, vocab_size=self.vocab_size, packs=self.packs)
         self._world_size = torch.distributed.get_world_size()
         self._rank = torch.distributed.get_rank()
         self._stage = settings.learner.zero_stage
         self._clips_itself = not wraps_optimizer(settings.learner)
         self.layout = self._describe(type(model).__name__)
         self._skipped_in_a_row = 0
+        self._copies = StateCopies()
         self._deepspeed = initialize(self._policy, settings.learner, self.device)
 
     def _describe(self, model: str) -> str:
@@ -110,6 +108,17 @@ class Engine:
         digest = xxhash.xxh3_64_hexdigest("\n".join(shapes).encode())
         precision = self._settings.learner.precision
         return f"{model} with parameters {digest}, {precision}, ZeRO stage {self._stage}, {self._world_size} ranks"
+
+    def lay_out(self, groups: Sequence[Group]) -> StepBatch:
+        """The batch of a step, as this engine's ranks and attention take it; the same on every rank."""
+        return build_step_batch(
+            groups,
+            micro_batch_tokens=self._settings.learner.micro_batch_tokens,
+            normalise_std=self._settings.objective.normalise_std,
+            packed=self.packs,
+            num_ranks=self._world_size,
+            attention_cost=self._attention_cost,
+        )
 
     def update(self, batch: StepBatch) -> UpdateResult:
         """Accumulate the gradient of every micro-batch and take one optimizer step.
@@ -119,23 +128,28 @@ class Engine:
         Raises:
             NonFiniteError: gradients were not finite in three steps in a row.
         """
-        table = torch.zeros((5, len(batch.completions)), dtype=torch.float64, device=self.device)
+        table = torch.zeros((6, len(batch.completions)), dtype=torch.float64, device=self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        share = self._share(batch.micro_batches, batch.spare) or [batch.spare.to(self.device)]
+        loud, quiet = self._terms.backward_on(batch)
+        share = self._share(loud, batch.spare) or [batch.spare.to(self.device)]
         normaliser, statistics = self._loss.normaliser(batch), self._look_ahead(share)
         with torch.no_grad():
-            for micro in self._share(batch.quiet, batch.spare):
-                self._forward(micro, normaliser, statistics, table)
+            for micro in self._share(quiet, batch.spare):
+                self._forward(batch, micro, normaliser, statistics, table)
         for number, micro in enumerate(share, 1):
             self._deepspeed.set_gradient_accumulation_boundary(number == len(share))
-            part = self._forward(micro, normaliser, statistics, table)
+            part = self._forward(batch, micro, normaliser, statistics, table)
             # DeepSpeed averages gradients over ranks; the normaliser already counts what all of them have.
             self._deepspeed.backward(part * self._world_size, scale_wrt_gas=False)
             loss += part.detach()
         if self._world_size > 1:
             torch.distributed.all_reduce(table)
             torch.distributed.all_reduce(loss)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        gradients_there = time.monotonic()
         grad_norm = self._step()
+        optimizer_seconds = time.monotonic() - gradients_there
         skipped = not math.isfinite(grad_norm)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -143,7 +157,8 @@ class Engine:
                 f"gradients were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the weights are unchanged since. "
                 "Lower learner.learning_rate or learner.max_grad_norm and resume from the last checkpoint"
             )
-        return UpdateResult(float(loss), 0.0 if skipped else grad_norm, skipped, *table.cpu().numpy())
+        result = UpdateResult(float(loss), 0.0 if skipped else grad_norm, skipped, *table.cpu().numpy())
+        return replace(result, optimizer_seconds=optimizer_seconds)
 
     def _share(self, micro_batches: Sequence[MicroBatch], spare: MicroBatch) -> list[MicroBatch]:
         """This rank's micro-batches; all ranks get the same number, for their collectives go in lock-step."""
@@ -165,17 +180,21 @@ class Engine:
     def _logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probs `[B, T]` of a micro-batch's tokens, and entropies `[N]` of those that count."""
         chosen, entropies = self._deepspeed(
-            micro.tokens, micro.positions, micro.targets, self._settings.task.temperature
+            micro.tokens, micro.positions, micro.targets, self._settings.task.temperature, packed=micro.packed
         )
         return scatter_rows(chosen, micro.mask), entropies
 
-    def _forward(self, micro: MicroBatch, normaliser: int, statistics: Tensor | None, table: Tensor) -> Tensor:
-        """A micro-batch's part of the loss; fills its columns of `table` `[5, S]`."""
+    def _forward(
+        self, batch: StepBatch, micro: MicroBatch, normaliser: int, statistics: Tensor | None, table: Tensor
+    ) -> Tensor:
+        """A micro-batch's part of the loss; fills its columns of `table` `[6, S]`."""
         logprobs, entropies = self._logprobs(micro)
         result = self._loss.part(logprobs, micro, normaliser, statistics)
+        terms, reference_kl = self._terms.part(logprobs, entropies, micro, result.silenced, batch.num_tokens)
         if len(micro.rows):
-            table[:, micro.rows] = _per_sequence(result, micro, logprobs.detach(), entropies).double()
-        return result.loss
+            sums = _per_sequence(result, micro, logprobs.detach(), entropies.detach(), reference_kl)
+            table[:, micro.rows] = sums.double()
+        return result.loss + terms
 
     def _step(self) -> float:
         """Optimizer step; returns the global gradient norm before clipping, not finite when the step was skipped."""
@@ -216,22 +235,21 @@ class Engine:
         """Copies of all weights on the CPU, under the names of a Hugging Face checkpoint, in the published dtype."""
         return checkpoint_tensors(self._policy.model, DTYPES[self._settings.model.dtype], gather=self._stage == 3)
 
-    def save(self, directory: Path) -> None:
-        """Write model, optimizer and random state into the existing `directory`."""
-        state = {"torch_random": torch.get_rng_state()}
-        self._deepspeed.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
+    def capture(self, directory: Path) -> Callable[[], None]:
+        """Copy model, optimizer and random state; what is returned writes them into the existing `directory`.
+
+        The next capture may begin once that is done.
+        """
+        return self._copies.capture(self._deepspeed, directory, self._rank)
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote; the optimizer's settings remain the recipe's.
+        """Restore what was captured; the optimizer's settings remain the recipe's.
 
         Raises:
-            CheckpointError: DeepSpeed finds no state there.
+            CheckpointError: there is no state of this rank.
         """
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self._parameter_groups]
-        path, state = self._deepspeed.load_checkpoint(str(directory), tag=TAG)
-        if path is None:
-            raise CheckpointError(f"{directory} holds no DeepSpeed state")
-        torch.set_rng_state(state["torch_random"])
+        restore(self._deepspeed, directory, self._rank)
         for group, values in zip(self._parameter_groups, settings, strict=True):
             group.update(values)
 
@@ -241,9 +259,11 @@ class Engine:
         return groups
 
 
-def _per_sequence(result: ObjectiveResult, micro: MicroBatch, logprobs: Tensor, entropies: Tensor) -> Tensor:
-    """`[5, B]`: log W, weight, silenced, entropy and behaviour KL of each row, the last two summed over its tokens."""
+def _per_sequence(
+    result: ObjectiveResult, micro: MicroBatch, logprobs: Tensor, entropies: Tensor, reference_kl: Tensor
+) -> Tensor:
+    """`[6, B]`: log W, weight, silenced of each sequence, and sums of entropy and both KLs over its tokens."""
     entropy = scatter_rows(entropies, micro.mask).sum(1)
     behaviour_kl = (micro.behaviour_logprobs - logprobs).sum(1)
-    sums = torch.stack([entropy, behaviour_kl]).masked_fill(result.silenced, 0)
+    sums = torch.stack([entropy, behaviour_kl, reference_kl]).masked_fill(result.silenced, 0)
     return torch.cat([torch.stack([result.sequence_log_ratio, result.weights, result.silenced]), sums])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from protocol.settings import LearnerSettings
 ADAM_EPSILON = 1e-8
 
 
-def join_process_group(device: str) -> torch.device:
+def join_process_group(device: str, timeout_seconds: float) -> torch.device:
     """Choose the device and join the process group, alone unless a launcher's environment says otherwise.
 
     Args:
         device: "auto", "cpu" or "cuda".
+        timeout_seconds: after which a collective that not all ranks have entered fails.
 
     Raises:
         ValueError: CUDA was asked for and is not there.
@@ -31,7 +33,7 @@ def join_process_group(device: str) -> torch.device:
     if not torch.distributed.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:
-            torch.distributed.init_process_group(backend)
+            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         else:
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # in memory: no port is needed
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

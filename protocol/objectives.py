@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, m
 
 from protocol.section import Section
 
+PositiveInt = Annotated[int, Field(gt=0)]
 Exponent = Annotated[float, Field(ge=1, le=100)]
 Positive = Annotated[float, Field(gt=0, le=100)]
 Clip = Annotated[float, Field(ge=0, le=100)]
@@ -42,6 +43,23 @@ class ObjectiveSettings(Section):
     model in the learner's memory, and a forward pass of it for each token."""
     entropy_coefficient: Coefficient = 0.0
     """Weight of the entropy that is rewarded, a mean over tokens; 0 is off."""
+    overlong: Literal["keep", "zero", "mask", "penalty"] = "keep"
+    """Completions cut at `task.max_completion_tokens`: keep their reward; count it as zero; mask their tokens, which
+    then are in neither loss nor token count, while their reward still counts for what the rest of the group is compared
+    with; or DAPO's soft penalty (arXiv 2503.14476), up to -1 for all that come near the limit."""
+    overlong_buffer_tokens: PositiveInt | None = None
+    """`overlong = "penalty"`: it sets in this many tokens before the limit; default a fifth of the limit."""
+    reward_shaping: str | None = None
+    """`package.module:function` that takes a group and returns a reward for each of its completions; runs in the
+    learner, after `overlong`, before groups are filtered and compared."""
+
+    @field_validator("reward_shaping")
+    @classmethod
+    def _importable(cls, name: str | None) -> str | None:
+        module, colon, function = (name or "").partition(":")
+        if name is not None and not (module and colon and function.isidentifier()):
+            raise ValueError("is not of the form package.module:function")
+        return name
 
     @field_validator("name")
     @classmethod

@@ -114,7 +114,10 @@ class LearnerSettings(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     micro_batch_tokens: PositiveInt = 16384
-    """Padded tokens in one forward and backward pass; bounds memory, does not change the update."""
+    """Tokens in one forward and backward pass, padding included; bounds memory, does not change the update."""
+    packing: bool = True
+    """Rows of whole sequences one behind the other, each of which attends to itself alone, instead of a padded row for
+    each; models whose layers cannot keep sequences apart get padded rows all the same. Does not change the update."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     checkpoint_every_steps: PositiveInt = 20
@@ -123,6 +126,12 @@ class LearnerSettings(Section):
     """Complete checkpoints kept on disk."""
     starvation_seconds: float = Field(default=60.0, gt=0)
     """Waiting longer than this for groups while no actor is alive ends the run with an error."""
+    filter_zero_variance: bool = False
+    """Drop groups whose rewards, shaped, are all equal: they teach nothing. A step goes on gathering until it has
+    `groups_per_step` others, and what is dropped makes room for new tickets."""
+    rank_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Several ranks: a collective that one of them has not entered for this long ends the learner. A rank that dies
+    ends it at once."""
     cpu_threads: PositiveInt = 1
     """Threads of the learner's CPU kernels."""
 
@@ -227,6 +236,16 @@ class Settings(Section):
     @classmethod
     def _chosen(cls, values: Any) -> Any:
         return choose(values)
+
+    @model_validator(mode="after")
+    def _overlong(self) -> Self:
+        buffer_tokens, limit = self.objective.overlong_buffer_tokens, self.task.max_completion_tokens
+        if buffer_tokens is not None and buffer_tokens > limit:
+            raise ValueError(
+                f"objective.overlong_buffer_tokens = {buffer_tokens} is above task.max_completion_tokens = {limit}: "
+                "every completion would be punished"
+            )
+        return self
 
     @property
     def groups_per_version(self) -> int:

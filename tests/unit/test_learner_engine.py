@@ -133,7 +133,7 @@ def test_saved_state_continues_bit_for_bit(tmp_path, stage, precision):
     engine = Engine(settings, directory)
     for batch in batches[:2]:
         engine.update(batch)
-    engine.save(tmp_path)
+    engine.capture(tmp_path)()
     expected = [engine.update(batch) for batch in batches[2:]]
     final = engine.tensors()
 
