@@ -13,5 +13,5 @@ that exercises every path, which the tests do. Say where a measurement stands by
 output meanwhile ends on standard error. Heavy imports belong into functions.
 """
 
-BENCHES = {"buffer": "deploy.bench.buffer", "loss": "deploy.bench.loss"}
+BENCHES = {"buffer": "deploy.bench.buffer", "loss": "deploy.bench.loss", "scale": "deploy.bench.scale"}
 """Benches and their modules, in the order of `vespo bench all`."""
