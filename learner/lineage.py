@@ -38,7 +38,7 @@ class Lineage:
 
     Attributes:
         step: optimizer updates in the current state.
-        version: number of the newest snapshot; before the first one of this epoch, the last of the epoch before.
+        version: number of the current weights; before the first of this epoch, the last one of the epoch before.
         epoch: fencing token of this learner.
         totals: counted over all sessions.
     """

@@ -5,8 +5,9 @@
     publisher (thread)    write weights, publish, prune                          ──► weight store, clock
     checkpoint (thread)   write, sync, rename, then commit the groups            ──► disk, buffer
 
-Nothing but a lack of groups makes the optimizer wait. The version is the number last snapshotted: lag counts from
-there. Of several ranks, rank 0 does all of this and takes the others along (`learner.crew`).
+Nothing but a lack of groups makes the optimizer wait. The version counts every `weights.updates_per_publish` updates,
+whether it is published or left out (`learner.cadence`): lag counts from there. Of several ranks, rank 0 does all of
+this and takes the others along (`learner.crew`).
 """
 
 import logging
@@ -19,6 +20,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from buffer.run import Buffer
 from buffer.store import WeightStore
+from learner.cadence import Cadence
 from learner.crew import LeadEngine, follow
 from learner.engine import Engine
 from learner.feed import Feed, NextStep
@@ -164,6 +166,8 @@ class _Learner:
         self._step_ended = self._wait_started = time.monotonic()
         self._journal = Journal(run_dir, step=lineage.step)
         stack.callback(self._journal.close)
+        self._first_step = lineage.step
+        self._cadence = Cadence(seconds=settings.weights.seconds_per_publish, max_lag=settings.buffer.max_lag)
         kept = settings.weights.versions_kept
         self._publisher = Publisher(buffer, store, epoch=lineage.epoch, versions_kept=kept)
         stack.callback(self._publisher.close)
@@ -178,7 +182,7 @@ class _Learner:
 
     def train(self) -> None:
         """Publish the current weights, then train until all steps are done or the run drains."""
-        self._publish()
+        self._next_version()
         # Actors start from this version: waiting for groups before it is out would wait for ever.
         self._publisher.finish()
         every = self._settings.learner.checkpoint_every_steps
@@ -228,8 +232,9 @@ class _Learner:
         train_ended = time.monotonic()
         version = lineage.version
         lineage.trained(step.leased)
-        if lineage.step % settings.weights.updates_per_publish == 0:
-            self._publish()
+        # Counted from the session's start, where the rule of admission begins to count too.
+        if (lineage.step - self._first_step) % settings.weights.updates_per_publish == 0:
+            self._next_version()
         now = time.monotonic()
         # Starving is waiting for groups; waiting until they are laid out is not.
         complete_at = min(max(step.complete_at, self._wait_started), train_started)
@@ -264,9 +269,11 @@ class _Learner:
             self._metrics.publish_seconds.set(self._publisher.last_seconds)
             self._metrics.superseded.set(self._publisher.num_superseded)
 
-    def _publish(self) -> None:
-        """Give the current weights the next version number and hand a copy to the publisher."""
+    def _next_version(self) -> None:
+        """Give the current weights the next version number and, if it is due, hand a copy to the publisher."""
         self._lineage.version += 1
+        if not self._cadence.due(self._lineage.version):
+            return
         tensors = self._lineage.weights()
         probe = self._engine.probe(self._probe_tokens)
         self._publisher.submit(Snapshot(self._lineage.version, self._lineage.step, tensors, probe))

@@ -40,7 +40,7 @@ class LearnerMetrics(_Metrics):
 
     def __init__(self, registry: CollectorRegistry, run: str) -> None:
         super().__init__(registry, run, "vespo_learner")
-        self.version = self._gauge("version", "Policy version the learner snapshotted last")
+        self.version = self._gauge("version", "Policy version of the learner's weights, published or not")
         self.step = self._gauge("step", "Optimizer updates done")
         self.epoch = self._gauge("epoch", "Learner incarnation")
         self.reward = self._gauge("reward", "Mean reward of the newest step")

@@ -196,6 +196,10 @@ class WeightSettings(Section):
     """fsspec URL of the weight store (`file:///...`, `s3://...`); default a folder in the run directory."""
     updates_per_publish: PositiveInt = 1
     """Optimizer updates that make a policy version."""
+    seconds_per_publish: float = Field(default=0.0, ge=0)
+    """Versions that come sooner than this after the last publication are counted and not published, so that large
+    weights are not written more often than pays. No more than `buffer.max_lag` versions pass without one: actors that
+    are further behind may not generate. 0 publishes every version."""
     versions_kept: int = Field(default=4, ge=2)
     """Payloads kept in the store, the newest ones."""
     parity_tolerance: float | None = Field(default=None, gt=0)

@@ -56,6 +56,17 @@ def test_several_updates_make_a_version(tmp_path, buffer, settings, learn, actor
     assert buffer.clock.read().version == 2
 
 
+def test_publications_are_spaced_in_time_and_lag_stays_bounded(tmp_path, buffer, settings, learn, actors):
+    actors()
+    learn(changed(settings, run={"steps": 9}, weights={"seconds_per_publish": 3600, "versions_kept": 10}))
+    steps = records(tmp_path / "run")
+    assert [r.version for r in steps] == list(range(9))
+    assert max(r.lag_max for r in steps) <= 2
+    assert sum(r.stale for r in steps) == 0
+    assert [v for v in range(10) if buffer.clock.manifest(v)] == [0, 2, 4, 6, 8]
+    check_ledger(buffer, 3 * 9)
+
+
 class SlowOnce(ScriptedActor):
     """Keeps the first group of ticket 1 until four steps are done without it."""
 
