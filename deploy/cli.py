@@ -126,6 +126,21 @@ def report(
 
 
 @app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="Where the model goes.")],
+    checkpoint: Annotated[int | None, typer.Option(metavar="STEP", help="Step of the checkpoint; the newest.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as trained by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what DIR holds.")] = False,
+) -> None:
+    """Write the model of a checkpoint as a Hugging Face directory, which transformers and vLLM load."""
+    from deploy.export import export_model
+
+    name = export_model(run_dir.expanduser(), target.expanduser(), step=checkpoint, dtype=dtype, force=force)
+    print(f"{target}: model of checkpoint {name}")
+
+
+@app.command()
 def status(run_dir: Annotated[Path, typer.Option("--run-dir", help="Run directory.")]) -> None:
     """Say where a run stands, whether it is running or not."""
     from deploy.rundir import RunDirectory

@@ -20,6 +20,7 @@ from protocol.records import StepRecord
 
 INK, GRID = "#010203", "#010204"  # placeholders for var(--ink), var(--grid)
 BLUE, ORANGE, GREEN, RED = "#3b82f6", "#f59e0b", "#10b981", "#ef4444"
+TEAL, VIOLET = "#0f766e", "#8b5cf6"
 MAX_COLUMNS = 300
 SMOOTH_STEPS = 10
 SIZE_INCHES = (4.8, 2.7)
@@ -180,6 +181,7 @@ def _log_w(axes: Axes, series: Series) -> None:
 def _effective(axes: Axes, series: Series) -> None:
     axes.set_title("Effective sample size and kernel mass")
     _line(axes, series, "ess_w", "ESS of W", BLUE)
+    _line(axes, series, "ess_phi", "ESS of φ", ORANGE)
     _line(axes, series, "kernel_mass", "kernel mass Σφ|A| / Σ|A|", GREEN)
     _line(axes, series, "starved_positive_share", "starved positives", RED)
     axes.set_ylim(bottom=0)
@@ -204,10 +206,16 @@ def _entropy(axes: Axes, series: Series) -> None:
 
 
 def _time(axes: Axes, series: Series) -> None:
-    parts = [series.column(f"{name}_seconds") for name in ("train", "publish", "wait")]
+    optimizer = series.column("optimizer_seconds")
+    parts = [series.column("train_seconds") - optimizer, optimizer]
+    parts += [series.column(f"{name}_seconds") for name in ("publish", "checkpoint", "build", "wait")]
     axes.set_title("Seconds of the learner a step")
     axes.stackplot(
-        series.steps, *parts, labels=["train", "publish", "wait for groups"], colors=[GREEN, BLUE, RED], alpha=0.7
+        series.steps,
+        *parts,
+        labels=["forward, backward", "optimizer", "publish", "checkpoint", "lay out", "wait for groups"],
+        colors=[GREEN, TEAL, BLUE, VIOLET, ORANGE, RED],
+        alpha=0.7,
     )
     axes.set_ylim(0, 1.3 * float(np.quantile(np.sum(parts, axis=0), 0.95)) or 1.0)  # the first wait is for engines
     axes.legend(loc="upper right", ncols=3)

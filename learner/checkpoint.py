@@ -161,6 +161,23 @@ class Checkpoints:
             )
         return None
 
+    def find(self, step: int | None = None) -> tuple[Path, Checkpoint]:
+        """The newest checkpoint, or the newest of `step`, verified but not loaded.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        there = self._complete()
+        wanted = [place for place in there if step in (None, int(place.name.rpartition("-")[2]))]
+        if not wanted:
+            steps = ", ".join(str(int(place.name.rpartition("-")[2])) for place in there)
+            asked = "" if step is None else f" of step {step}"
+            raise CheckpointError(f"{self._directory} holds no checkpoint{asked}; there are {steps or 'none at all'}")
+        try:
+            return wanted[0], _verified(wanted[0])
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {wanted[0].name} is damaged: {error}; name another step") from error
+
     def _complete(self) -> list[Path]:
         """Newest first."""
         if not self._directory.is_dir():

@@ -49,6 +49,7 @@ class LearnerMetrics(_Metrics):
         self.entropy = self._gauge("entropy_nats", "Mean entropy per sampled token")
         self.behaviour_kl = self._gauge("behaviour_kl_nats", "Mean behaviour minus policy log-prob per sampled token")
         self.ess = self._gauge("ess_ratio", "Effective sample size of the importance weights, as a share")
+        self.ess_phi = self._gauge("ess_weights_ratio", "Effective sample size of the objective's weights, as a share")
         self.kernel_mass = self._gauge("kernel_mass_ratio", "Advantage mass that the kernel lets through")
         self.starved = self._gauge("starved_positives_ratio", "Good sequences that get practically no gradient")
         self.zero_variance = self._gauge("zero_variance_groups_ratio", "Groups whose rewards are all equal")
@@ -59,12 +60,15 @@ class LearnerMetrics(_Metrics):
         self.publish_seconds = self._gauge("publish_seconds", "Time the newest publication took in the background")
         self.superseded = self._gauge("superseded_versions", "Versions a newer one replaced before publication")
         self.wait = self._counter("wait_seconds_total", "Time the optimizer waited for groups")
+        self.build = self._counter("build_seconds_total", "Time the optimizer waited for groups to be laid out")
+        self.checkpoint = self._counter("checkpoint_seconds_total", "Time the optimizer stood still for checkpoints")
         self.train = self._counter("train_seconds_total", "Time in forward, backward and optimizer")
         self.groups = self._counter("groups_total", "Groups trained on")
         self.sequences = self._counter("sequences_total", "Sequences trained on")
         self.tokens = self._counter("tokens_total", "Response tokens trained on")
         self.skipped = self._counter("skipped_steps_total", "Steps skipped because of a non-finite gradient")
         self.silenced = self._counter("silenced_sequences_total", "Sequences left out for a non-finite log-prob")
+        self.filtered = self._counter("filtered_groups_total", "Groups dropped because their rewards are all equal")
         self.stale = self._counter("stale_groups_total", "Groups dropped as too old, their tickets issued again")
 
     def observe(self, record: StepRecord) -> None:
@@ -78,6 +82,7 @@ class LearnerMetrics(_Metrics):
             (self.entropy, record.entropy),
             (self.behaviour_kl, record.behaviour_kl),
             (self.ess, record.ess_w),
+            (self.ess_phi, record.ess_phi),
             (self.kernel_mass, record.kernel_mass),
             (self.starved, record.starved_positive_share),
             (self.zero_variance, record.zero_variance_share),
@@ -87,6 +92,8 @@ class LearnerMetrics(_Metrics):
             gauge.set(value)
         for counter, amount in (
             (self.wait, record.wait_seconds),
+            (self.build, record.build_seconds),
+            (self.checkpoint, record.checkpoint_seconds),
             (self.train, record.train_seconds),
             (self.groups, record.num_groups),
             (self.sequences, record.num_sequences),
@@ -94,6 +101,7 @@ class LearnerMetrics(_Metrics):
             (self.skipped, int(record.skipped)),
             (self.silenced, record.silenced),
             (self.stale, record.stale),
+            (self.filtered, record.filtered),
         ):
             counter.inc(amount)
         self.step_seconds.observe(record.step_seconds)
@@ -107,6 +115,8 @@ ACTOR_COUNTERS = {
     "groups_submitted": ("vespo_actor_groups", "Complete groups accepted by the buffer"),
     "tickets_failed": ("vespo_actor_failed_tickets", "Tickets failed by the task or its scorer"),
     "versions_loaded": ("vespo_actor_updates", "Policy versions taken"),
+    "fetch_failures": ("vespo_actor_fetch_failures", "Reads of the weight store that brought no version"),
+    "fetch_fallbacks": ("vespo_actor_fetch_fallbacks", "Reads that a bad delta sent back to a full version"),
     "parity_violations": ("vespo_actor_parity_violations", "Parity probes over the tolerance"),
     "reloads": ("vespo_actor_reloads", "Versions loaded again after a parity violation"),
     "engine_rebuilds": ("vespo_actor_engine_rebuilds", "Engines replaced because an update failed"),

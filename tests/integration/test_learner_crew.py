@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from learner_runs import check_ledger, reached, records, wait_until
+from safetensors.torch import load_file
 
+from deploy.export import export_model
 from deploy.rundir import RunDirectory
 
 pytest_plugins = ["learner_runs"]
@@ -110,7 +113,12 @@ def test_two_ranks_train_a_whole_run(crew, buffer, actors, stage):
     files = json.loads((newest / "checkpoint.json").read_text())["files"]
     assert {f"state/random_rank_0000{rank}.pt" for rank in range(2)} < files.keys()
     assert sum("optim_states" in name for name in files) == 2
-    assert (learner.run_dir / "model" / "model.safetensors").exists()
+    export_model(learner.run_dir, learner.directory / "out", step=None, dtype=None, force=False)
+    exported, final = (
+        load_file(path / "model.safetensors") for path in (learner.directory / "out", learner.run_dir / "model")
+    )
+    assert exported.keys() == final.keys()
+    assert all(torch.equal(exported[name], final[name]) for name in final)
     assert RunDirectory(learner.run_dir).summary.exists()
 
 

@@ -1,10 +1,12 @@
 """The learner on a real server with scripted actors: it trains, says what it waits for, and the ledger balances."""
 
+import errno
 import logging
 import socket
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from learner_samples import VOCABULARY, ScriptedActor
 from safetensors.torch import load_file
 
 from buffer.store import WeightStore
-from protocol.errors import SettingsError, StarvedError
+from protocol.errors import CheckpointError, SettingsError, StarvedError, TaskError
 
 pytest_plugins = ["learner_runs"]
 
@@ -170,3 +172,72 @@ def test_a_port_that_is_taken_is_a_wrong_setting(buffer, settings, learn):
         taken.listen()
         with pytest.raises(SettingsError, match="learner_port"):
             learn(changed(settings, metrics={"learner_port": taken.getsockname()[1]}))
+
+
+class Dull(ScriptedActor):
+    """Every second group has equal rewards, and the last completion of each is cut off."""
+
+    def generate(self, ticket, version):
+        group = super().generate(ticket, version)
+        rewards = [0.5] * 4 if ticket.index % 2 else [1.0, 0.0, 0.0, 0.5]
+        cut = ["stop", "stop", "stop", "length"]
+        pairs = zip(group.completions, rewards, cut, strict=True)
+        return replace(group, completions=tuple(replace(c, reward=r, finish_reason=f) for c, r, f in pairs))
+
+
+@pytest.mark.parametrize("max_lag", [0, 2])
+def test_groups_without_spread_are_replaced_to_the_last(tmp_path, buffer, settings, learn, actors, max_lag):
+    actors(kind=Dull)
+    learn(changed(settings, learner={"filter_zero_variance": True}, buffer={"max_lag": max_lag}))
+    steps = records(tmp_path / "run")
+    assert [(r.num_groups, r.zero_variance_share, r.lag_max <= max_lag) for r in steps] == [(3, 0.0, True)] * STEPS
+    assert sum(r.filtered for r in steps) == pytest.approx(3 * STEPS, abs=1)
+    ledger = check_ledger(buffer, 3 * STEPS)
+    assert ledger.states["filtered"] >= sum(r.filtered for r in steps)
+
+
+def test_shaped_rewards_decide_what_is_filtered_and_the_record_has_both(tmp_path, buffer, settings, learn, actors):
+    actors(kind=Dull)
+    shaping = {"overlong": "zero"}  # 0.5, 0.5, 0.5, 0: every group has a spread
+    learn(changed(settings, learner={"filter_zero_variance": True}, objective=shaping))
+    steps = records(tmp_path / "run")
+    assert sum(r.filtered for r in steps) == 0
+    assert all(r.shaped_reward_mean == pytest.approx(r.reward_mean - 0.125) for r in steps)
+    assert all(r.truncated_share == 0.25 for r in steps)
+    check_ledger(buffer, 3 * STEPS)
+
+
+def broken(group):
+    raise ValueError("cannot")
+
+
+def test_a_shaping_function_that_fails_ends_the_learner_by_name(settings, learn, actors):
+    actors()
+    with pytest.raises(TaskError, match=r"failed on the group of ticket \d+ \(prompt \d+\): ValueError: cannot"):
+        learn(changed(settings, objective={"reward_shaping": "test_learner_loop:broken"}))
+
+
+def test_times_of_a_step_add_up(tmp_path, settings, learn, actors):
+    actors()
+    learn(settings)
+    for r in records(tmp_path / "run"):
+        parts = (r.wait_seconds, r.build_seconds, r.train_seconds, r.publish_seconds, r.checkpoint_seconds)
+        assert min(parts) >= 0
+        assert sum(parts) <= r.step_seconds + 1e-3
+        assert 0 < r.optimizer_seconds < r.train_seconds
+        assert r.tokens_per_second == pytest.approx(r.num_tokens / r.step_seconds)
+
+
+def test_a_disk_that_refuses_checkpoints_ends_the_learner_and_commits_nothing(
+    tmp_path, buffer, settings, learn, actors, monkeypatch
+):
+    actors()
+    monkeypatch.setattr("learner.state.os.fsync", _full)
+    with pytest.raises(CheckpointError, match=r"step 2 cannot be written to .*No space left"):
+        learn(changed(settings, run={"steps": 1000}))
+    assert check_ledger(buffer, 0)
+    assert not list((tmp_path / "run" / "checkpoints").glob("session-*"))
+
+
+def _full(descriptor):
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -11,7 +11,7 @@ from learner.batch import build_step_batch
 from learner.engine import UpdateResult
 from learner.stats import step_record
 from protocol.metrics import LearnerMetrics
-from protocol.records import StepRecord
+from protocol.records import QUANTILES, StepRecord
 
 
 def _update(num, *, log_w=0.0, weights=1.0, silenced=(), skipped=False):
@@ -46,6 +46,8 @@ def test_rewards_and_counts():
     assert record.zero_variance_share == 0.5
     assert record.num_tokens == batch.num_tokens
     assert record.response_tokens_mean == np.mean([len(c.tokens) for c in batch.completions])
+    assert record.response_tokens_max == max(len(c.tokens) for c in batch.completions)
+    assert record.tokens_per_second == batch.num_tokens / 0.5
     assert record.truncated_share == 0.0
     assert record.entropy == pytest.approx(8 * 3.0 / batch.num_tokens)
     assert record.behaviour_kl == pytest.approx(8 * 0.5 / batch.num_tokens)
@@ -71,6 +73,11 @@ def test_weights_by_sign_and_kernel_mass():
     assert record.kernel_mass == pytest.approx((0.05 * 0.75 + 2.7 * 0.25) / 1.5)
     assert record.starved_positive_share == 1.0
     assert record.ess_w == pytest.approx(8.0**2 / (4 * 22.0))
+    assert record.ess_phi == pytest.approx(2.75**2 / (4 * (0.05**2 + 0.5**2 + 1 + 1.2**2)))
+    assert record.log_w_quantiles_pos == [0.0] * 5
+    assert record.log_w_quantiles_neg == pytest.approx(np.quantile(log_w[1:], QUANTILES))
+    assert record.phi_quantiles_pos == pytest.approx([0.05] * 5)
+    assert record.phi_quantiles_neg == pytest.approx(np.quantile([0.5, 1.0, 1.2], QUANTILES))
     assert record.log_w_max == pytest.approx(math.log(4))
     assert record.log_w_min == 0.0
     assert record.log_w_quantiles[2] == pytest.approx(np.median(log_w))
@@ -94,6 +101,19 @@ def test_extreme_weights_give_finite_numbers():
     assert StepRecord.model_validate_json(record.model_dump_json()) == record
     silent = step_record(batch, _update(4, silenced=range(4)), make_context())
     assert StepRecord.model_validate_json(silent.model_dump_json()) == silent
+
+
+def test_rewards_of_the_task_are_told_apart_from_shaped_ones():
+    record = step_record(_batch([0.5, 0.0, 0.0, 0.5]), _update(4), make_context(), [1.0, 0.0, -1.0, 0.5])
+    assert (record.reward_mean, record.reward_min, record.reward_max) == (0.125, -1.0, 1.0)
+    assert record.shaped_reward_mean == 0.25
+
+
+def test_a_line_of_an_older_learner_still_parses():
+    record = step_record(_batch([1.0, 0.0]), _update(2), make_context())
+    late = [name for name, field in StepRecord.model_fields.items() if not field.is_required()]
+    assert "filtered" in late
+    assert StepRecord.model_validate(record.model_dump(exclude=set(late))).step == record.step
 
 
 def test_no_advantages_withhold_nothing():
