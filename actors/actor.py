@@ -56,11 +56,18 @@ def run_actor(
     task = load_task(settings.task.name, dict(settings.task.options))
     incarnation = f"{name}.{os.getpid()}-{secrets.token_hex(2)}"
     rollout: Rollout | None = None
+    follower: WeightFollower | None = None
 
     def status() -> ActorStatus:
-        if rollout is not None:
-            return rollout.status()
-        return ActorStatus(state="starting", pid=os.getpid(), host=socket.gethostname())
+        if rollout is None or follower is None:
+            return ActorStatus(state="starting", pid=os.getpid(), host=socket.gethostname())
+        return rollout.status().model_copy(
+            update={
+                "fetching_version": follower.fetching_version,
+                "fetch_failures": follower.fetch_failures,
+                "fetch_fallbacks": follower.fetch_fallbacks,
+            }
+        )
 
     exporter = _export(settings, incarnation, status)
     links = Links(buffer, incarnation, settings.buffer.lease_seconds, status)

@@ -12,7 +12,6 @@ from buffer.scripts import Scripts
 from protocol.clock import ClockState
 from protocol.manifest import Manifest
 
-MANIFESTS_KEPT = 16
 _FIELDS = ("version", "step", "epoch", "groups_per_version", "max_lag", "base", "base_version")
 
 
@@ -29,15 +28,18 @@ class PolicyClock:
         """One atomic reading, or None if no learner has begun this run. Version -1: nothing is published yet."""
         return parse_clock(command(self._client, *clock_line(self._keys)))
 
-    def publish(self, manifest: Manifest) -> None:
+    def publish(self, manifest: Manifest, retired: Sequence[int] = ()) -> None:
         """Make a version the newest one; its payload must be in the weight store. Safe to repeat.
+
+        Args:
+            retired: versions that nobody is to load any more (`buffer.retention`); their manifests go.
 
         Raises:
             ValueError: the version is not above the published one.
             FencedError: `manifest.epoch` is not the current learner epoch.
         """
         self._scripts.run_repeatably(
-            "publish", manifest.epoch, manifest.version, manifest.step, manifest.model_dump_json(), MANIFESTS_KEPT
+            "publish", manifest.epoch, manifest.version, manifest.step, manifest.model_dump_json(), *retired
         )
 
     def latest_manifest(self) -> Manifest | None:
@@ -53,6 +55,11 @@ class PolicyClock:
         """
         data = command(self._client, "HGET", self._keys.weights, str(version))
         return None if data is None else Manifest.parse(data)
+
+    def versions(self) -> list[int]:
+        """Versions that have a manifest, ascending."""
+        fields = command(self._client, "HKEYS", self._keys.weights)
+        return sorted(int(field) for field in fields if field != b"latest")
 
     def wait_for_version(self, newer_than: int, timeout_seconds: float) -> Manifest | None:
         """Block until a version above `newer_than` is published; the newest one's manifest, or None at the timeout."""

@@ -42,6 +42,8 @@ class Keys:
     """hash: state of the run and the reason for it"""
     progress: str = field(init=False)
     """string: JSON of the learner's newest step record"""
+    store: str = field(init=False)
+    """hash: weight payloads in chunks, where `weights.store` is "redis" (`buffer/stores/server.py`)"""
 
     def __post_init__(self) -> None:
         if not self.run or any(character in "{}\r\n\0" for character in self.run):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from protocol.errors import WeightStoreError
+from protocol.errors import WeightsDamagedError
 
 PRELUDE = struct.Struct("<Q")
 MAX_HEADER_BYTES = 100 << 20
@@ -49,24 +49,24 @@ def read_header(file: Any, file_bytes: int) -> dict[str, Placement]:
     """Where each tensor of an open file of `file_bytes` bytes lies, checked to be inside it.
 
     Raises:
-        WeightStoreError: the header is malformed.
+        WeightsDamagedError: the header is malformed.
     """
     prelude = file.read(PRELUDE.size)
     if len(prelude) != PRELUDE.size:
-        raise WeightStoreError("the file is too short to be safetensors")
+        raise WeightsDamagedError("the file is too short to be safetensors")
     (header_bytes,) = PRELUDE.unpack(prelude)
     start = PRELUDE.size + header_bytes
     if header_bytes > MAX_HEADER_BYTES or start > file_bytes:
-        raise WeightStoreError(f"the safetensors header claims {header_bytes} bytes of a file of {file_bytes}")
+        raise WeightsDamagedError(f"the safetensors header claims {header_bytes} bytes of a file of {file_bytes}")
     try:
         header = json.loads(file.read(header_bytes))
         header.pop("__metadata__", None)
         placements = {name: _placement(value, start) for name, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightStoreError(f"the safetensors header is malformed: {error!r}") from error
+        raise WeightsDamagedError(f"the safetensors header is malformed: {error!r}") from error
     for name, placement in placements.items():
         if not start <= placement.offset <= placement.offset + placement.num_bytes <= file_bytes:
-            raise WeightStoreError(f"tensor {name} lies outside the safetensors file")
+            raise WeightsDamagedError(f"tensor {name} lies outside the safetensors file")
     return placements
 
 

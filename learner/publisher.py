@@ -2,11 +2,12 @@
 
     main thread                          publisher thread
     snapshot (a copy, a version number)
-    submit ─────────────────────────────► write, with retries → clock.publish → prune
+    submit ─────────────────────────────► write, with retries → clock.publish → collect
     check, finish ◄───── errors ─────────
 
 One snapshot may be under way and one waiting. A newer one takes the place of the waiting one: its version is then
-never published, which is logged and counted; nobody waits for a version in particular. Left out: deltas.
+never published, which is logged and counted; nobody waits for a version in particular. A delta therefore builds on the
+last version that was published, whose tensors are kept for it; an epoch's first version is full.
 """
 
 import logging
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from buffer.payloads import StagedVersion
+from buffer.retention import Retention
 from buffer.run import Buffer
 from buffer.store import WeightStore
 from learner.weights import raw_tensors
@@ -47,13 +50,19 @@ class Publisher:
         last_seconds: time the newest publication took, from its start to the clock's tick.
     """
 
-    def __init__(self, buffer: Buffer, store: WeightStore, *, epoch: int, versions_kept: int) -> None:
+    def __init__(
+        self, buffer: Buffer, store: WeightStore, *, epoch: int, versions_kept: int, full_every: int = 1
+    ) -> None:
+        """`full_every`: one version in so many is full, the others are deltas where that pays."""
         self.num_superseded = 0
         self.last_seconds = 0.0
         self._buffer = buffer
         self._store = store
         self._epoch = epoch
-        self._versions_kept = versions_kept
+        self._full_every = full_every
+        self._published: StagedVersion | None = None  # only where a delta may build on it
+        self._num_deltas = 0  # since the last full version
+        self._retention = Retention(buffer.clock, buffer.actors, store, epoch=epoch, versions_kept=versions_kept)
         self._changed = threading.Condition()
         self._waiting: Snapshot | None = None
         self._active: Snapshot | None = None
@@ -136,13 +145,23 @@ class Publisher:
 
     def _publish(self, snapshot: Snapshot) -> None:
         tensors = raw_tensors(snapshot.tensors)
+        base = self._published if self._num_deltas + 1 < self._full_every else None
 
         def write() -> Manifest:
-            return self._store.write(snapshot.version, self._epoch, snapshot.step, tensors, snapshot.probe)
+            return self._store.write(snapshot.version, self._epoch, snapshot.step, tensors, snapshot.probe, base)
 
-        self._buffer.clock.publish(self._retried(write, snapshot.version))
+        manifest = self._retried(write, snapshot.version)
+        retired = self._retention.retired_by(manifest)
+        self._buffer.clock.publish(manifest, retired)
+        self._retention.published(manifest, retired)
+        self._num_deltas = self._num_deltas + 1 if manifest.kind == "delta" else 0
+        if self._full_every > 1:
+            self._published = StagedVersion(manifest, tensors)
+        self._collect()
+
+    def _collect(self) -> None:
         try:
-            self._store.prune(self._versions_kept)
+            self._retention.collect()
         except WeightStoreError as error:
             log.warning("old versions stay in the weight store for now: %s", error)
 
@@ -154,4 +173,5 @@ class Publisher:
                 log.warning("version %d is not written, next try in %g s: %s", version, pause_seconds, error)
                 if self._closed.wait(pause_seconds):
                     raise
+                self._collect()  # the store may be full
         return write()

@@ -30,13 +30,15 @@ RAW_DTYPES = {
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
 
 
-def checkpoint_tensors(model: Any, dtype: torch.dtype, *, gather: bool) -> dict[str, Tensor]:
+def checkpoint_tensors(model: Any, dtype: torch.dtype, *, gather: bool, keep: bool = True) -> dict[str, Tensor]:
     """Copies of a transformers model's weights on the CPU, contiguous, under their checkpoint names.
 
     Parameters are cast to `dtype`, persistent buffers keep theirs. Tied weights appear once, by the name of the first.
 
     Args:
-        gather: parameters are partitioned over ranks (ZeRO-3) and are gathered one by one; every rank must call.
+        gather: parameters are partitioned over ranks (ZeRO-3), and the device never holds more than one of them whole;
+            every rank must call.
+        keep: whether this rank wants them; without it nothing is copied and nothing returned.
     """
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -46,7 +48,10 @@ def checkpoint_tensors(model: Any, dtype: torch.dtype, *, gather: bool) -> dict[
         seen.add(id(tensor))
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         with _gathered(tensor) if gather and is_parameter else nullcontext():
-            state[name] = tensor.detach().to("cpu", dtype if is_parameter else tensor.dtype, copy=True)
+            if keep:
+                state[name] = tensor.detach().to("cpu", dtype if is_parameter else tensor.dtype, copy=True)
+    if not keep:
+        return {}
     return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, state).items()}
 
 

@@ -40,6 +40,10 @@ class WeightStoreError(VespoError):
     """The weight store cannot be read or written, or what it returned does not match its checksums."""
 
 
+class WeightsDamagedError(WeightStoreError):
+    """The weight store answers, but a version's payload is missing or is not what its manifest says."""
+
+
 class ParityError(VespoError):
     """An engine's log-probs differ from the learner's by more than the tolerance under one version."""
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -47,12 +48,17 @@ class Probe(_Frozen):
 
 
 class Manifest(_Frozen):
-    """A published policy version. `payload` is a plain file name inside the weight store."""
+    """A published policy version. `payload` is a plain file name inside the weight store.
+
+    A `full` payload is a safetensors file of all tensors. A `delta` payload turns the tensors of version `base` into
+    this version's (`buffer.delta`). `tensors` and their checksums are those of the whole version either way.
+    """
 
     version: int = Field(ge=0)
     step: int = Field(ge=0)
     epoch: int = Field(ge=1)
-    kind: str = Field(pattern="^full$")
+    kind: Literal["full", "delta"]
+    base: int | None = Field(default=None, ge=0)
     payload: str
     payload_bytes: int = Field(gt=0)
     tensors: tuple[TensorEntry, ...] = Field(min_length=1)
@@ -65,8 +71,12 @@ class Manifest(_Frozen):
         for tensor in self.tensors:
             if tensor.dtype not in DTYPE_BYTES or min(tensor.shape, default=0) < 0:
                 raise ValueError(f"tensor {tensor.name}: unknown dtype {tensor.dtype} or negative shape")
-        if sum(t.num_bytes for t in self.tensors) > self.payload_bytes:
+        if self.kind == "full" and sum(t.num_bytes for t in self.tensors) > self.payload_bytes:
             raise ValueError("payload is smaller than its tensors")
+        if (self.kind == "delta") != (self.base is not None):
+            raise ValueError(f"a {self.kind} version names {'no' if self.base is None else 'a'} base")
+        if self.base is not None and self.base >= self.version:
+            raise ValueError(f"version {self.version} cannot build on version {self.base}")
         return self
 
     @classmethod

@@ -86,7 +86,9 @@ class ActorStatus(BaseModel):
     `parity` is that of the newest version probed, `parity_max` the largest with which one was served, `update_seconds`
     the time generation stood still for all versions together, `served_seconds` the time since `served_version` was
     verified, `parity_violations` probes over the tolerance, `reloads` the loads that were to cure one, and
-    `engine_rebuilds` the fresh engines. `error` says why an actor is quarantined.
+    `engine_rebuilds` the fresh engines. `error` says why an actor is quarantined. `fetching_version` is what the weight
+    store is being read for, -1 for nothing; `fetch_failures` counts reads that brought no version, `fetch_fallbacks`
+    those that a bad delta sent back to a full one.
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
@@ -105,6 +107,9 @@ class ActorStatus(BaseModel):
     parity_violations: int = 0
     reloads: int = 0
     engine_rebuilds: int = 0
+    fetching_version: int = -1
+    fetch_failures: int = 0
+    fetch_fallbacks: int = 0
     update_seconds: float = 0.0
     busy_seconds: float = 0.0
     wall_seconds: float = 0.0

@@ -7,10 +7,9 @@ import pytest
 import redis
 from buffer_samples import begin, make_manifest, publish_next
 
-from buffer.clock import MANIFESTS_KEPT
 from buffer.keys import Keys
 from buffer.run import Buffer
-from protocol.errors import CodecError
+from protocol.errors import CodecError, FencedError
 from protocol.records import ActorStatus, StepRecord
 
 
@@ -35,12 +34,16 @@ def test_versions_only_advance(buffer: Buffer) -> None:
             buffer.clock.publish(make_manifest(version, epoch, step=9))
 
 
-def test_old_manifests_are_dropped(buffer: Buffer) -> None:
+def test_manifests_go_with_the_publication_that_retires_them(buffer: Buffer) -> None:
     epoch = begin(buffer)
-    for _ in range(MANIFESTS_KEPT + 2):
+    for _ in range(4):
         publish_next(buffer, epoch)
-    assert buffer.clock.manifest(1) is None
-    assert [buffer.clock.manifest(version) is not None for version in (2, MANIFESTS_KEPT + 1)] == [True, True]
+    buffer.clock.publish(make_manifest(4, epoch), [0, 2, 17])
+    assert buffer.clock.versions() == [1, 3, 4]
+    begin(buffer)
+    with pytest.raises(FencedError):
+        buffer.clock.publish(make_manifest(5, epoch), [1, 3])
+    assert buffer.clock.versions() == [1, 3, 4]
 
 
 def test_a_damaged_manifest_is_an_error(buffer: Buffer, redis_client: redis.Redis) -> None:

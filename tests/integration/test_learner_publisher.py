@@ -10,6 +10,7 @@ from buffer_samples import begin
 import learner.publisher
 from buffer.store import WeightStore
 from learner.publisher import Publisher, Snapshot
+from learner.weights import raw_tensors
 from protocol.errors import FencedError, WeightStoreError
 from protocol.manifest import Probe
 
@@ -44,11 +45,12 @@ def fast_retries(monkeypatch):
     monkeypatch.setattr(learner.publisher, "RETRY_SECONDS", (0.01, 0.01))
 
 
-def _publisher(buffer, store, epoch, kept=4):
-    return Publisher(buffer, store, epoch=epoch, versions_kept=kept)
+def _publisher(buffer, store, epoch, kept=4, full_every=1):
+    return Publisher(buffer, store, epoch=epoch, versions_kept=kept, full_every=full_every)
 
 
-def test_versions_appear_in_order_with_their_payload(buffer, tmp_path):
+def test_versions_appear_in_order_with_their_payload(buffer, tmp_path, monkeypatch):
+    monkeypatch.setattr("buffer.retention.GRACE_SECONDS", 0.0)
     store = WeightStore(str(tmp_path))
     publisher = _publisher(buffer, store, begin(buffer), kept=2)
     for version in range(4):
@@ -122,3 +124,72 @@ def test_a_fenced_learner_learns_of_it(buffer, tmp_path):
         publisher.finish()
     assert buffer.clock.read().version == -1
     publisher.close()
+
+
+def _small_change(version):
+    weights = torch.arange(1000.0)
+    weights[version] = -1.0
+    return Snapshot(version, version, {"w": weights}, PROBE)
+
+
+def _kinds(buffer):
+    manifests = [buffer.clock.manifest(version) for version in buffer.clock.versions()]
+    return [(m.version, m.kind, m.base) for m in manifests]
+
+
+def test_one_version_in_so_many_is_full_and_the_others_are_deltas(buffer, tmp_path):
+    publisher = _publisher(buffer, WeightStore(str(tmp_path)), begin(buffer), kept=9, full_every=3)
+    for version in range(5):
+        publisher.submit(_small_change(version))
+        publisher.finish()
+    publisher.close()
+    deltas = [(1, "delta", 0), (2, "delta", 1), (4, "delta", 3)]
+    assert _kinds(buffer) == sorted([(0, "full", None), (3, "full", None), *deltas])
+
+
+def test_a_delta_that_would_not_pay_is_not_published(buffer, tmp_path):
+    publisher = _publisher(buffer, WeightStore(str(tmp_path)), begin(buffer), full_every=8)
+    for version, weights in enumerate((torch.zeros(1000), torch.randn(1000), torch.randn(1000))):
+        publisher.submit(Snapshot(version, 0, {"w": weights}, PROBE))
+        publisher.finish()
+    publisher.close()
+    assert [kind for _, kind, _ in _kinds(buffer)] == ["full"] * 3
+
+
+def test_a_delta_builds_on_the_last_version_that_was_published(buffer, tmp_path):
+    store = UnreliableStore(str(tmp_path))
+    publisher = _publisher(buffer, store, begin(buffer), full_every=8)
+    publisher.submit(_small_change(0))
+    publisher.finish()
+    store.gate.clear()
+    store.entered.clear()
+    publisher.submit(_small_change(1))
+    assert store.entered.wait(10)
+    publisher.submit(_small_change(2))  # superseded by the next
+    publisher.submit(_small_change(3))
+    store.gate.set()
+    publisher.finish()
+    publisher.close()
+    assert _kinds(buffer) == [(0, "full", None), (1, "delta", 0), (3, "delta", 1)]
+
+
+def test_an_epoch_begins_with_a_full_version_and_collects_what_the_last_one_left(buffer, tmp_path, monkeypatch):
+    monkeypatch.setattr("buffer.retention.GRACE_SECONDS", 0.0)
+    store = WeightStore(str(tmp_path))
+    publisher = _publisher(buffer, store, begin(buffer), full_every=8)
+    for version in range(2):
+        publisher.submit(_small_change(version))
+        publisher.finish()
+    publisher.close()
+    weights = raw_tensors(_small_change(2).tensors)
+    store.write(2, 1, 2, weights, PROBE)  # killed before the clock
+    publisher = _publisher(buffer, store, begin(buffer), full_every=8)
+    publisher.submit(_small_change(2))
+    publisher.finish()
+    publisher.close()
+    assert _kinds(buffer) == [(0, "full", None), (1, "delta", 0), (2, "full", None)]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "v00000000-e1.safetensors",
+        "v00000001-e1.delta",
+        "v00000002-e2.safetensors",
+    }
