@@ -2,7 +2,7 @@
 
 The gradient is that of the loss over the step's global batch: each micro-batch is divided by the count of the whole
 step, DeepSpeed neither divides by accumulation steps nor decides where a step ends. One process needs no
-launcher; RANK and WORLD_SIZE of one are used when they are set. Offload and schedules are left out.
+launcher; RANK and WORLD_SIZE of one are used when they are set.
 """
 
 import logging
@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.batch import MicroBatch, StepBatch, build_step_batch
+from learner.deepspeed_config import wraps_optimizer
 from learner.logprobs import Policy, scatter_rows
 from learner.loss import StepLoss
 from learner.model import DTYPES, attention_cost, load_model
 from learner.objectives import ObjectiveResult
-from learner.sharding import initialize, join_process_group, wraps_optimizer
+from learner.schedule import learning_rate
+from learner.sharding import initialize, join_process_group
 from learner.state import StateCopies, restore
 from learner.terms import Terms
 from learner.weights import checkpoint_tensors
@@ -53,6 +55,7 @@ class UpdateResult:
         entropy, behaviour_kl, reference_kl: sums over each sequence's sampled tokens of the policy's entropy, of
             behaviour minus policy log-prob, and of the estimate of the KL divergence from the reference.
         optimizer_seconds: time of clipping and the optimizer's step, after all gradients are there.
+        learning_rate: of this step.
     """
 
     loss: float
@@ -65,6 +68,7 @@ class UpdateResult:
     behaviour_kl: NDArray[np.float64]
     reference_kl: NDArray[np.float64]
     optimizer_seconds: float = 0.0
+    learning_rate: float = 0.0
 
 
 class Engine:
@@ -126,7 +130,8 @@ class Engine:
         Every rank is given the whole batch and computes its share of the micro-batches.
 
         Raises:
-            NonFiniteError: gradients were not finite in three steps in a row.
+            NonFiniteError: gradients were not finite in three steps in a row, those left out that lowered the scale
+                of a float16 loss.
         """
         table = torch.zeros((6, len(batch.completions)), dtype=torch.float64, device=self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -148,17 +153,21 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         gradients_there = time.monotonic()
+        rate = learning_rate(self._settings, self._deepspeed.global_steps)
+        for group in self._parameter_groups:
+            group["lr"] = rate
+        finding_scale = self._can_lower_loss_scale()
         grad_norm = self._step()
         optimizer_seconds = time.monotonic() - gradients_there
         skipped = not math.isfinite(grad_norm)
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        self._skipped_in_a_row = self._skipped_in_a_row + (not finding_scale) if skipped else 0
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 f"gradients were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the weights are unchanged since. "
                 "Lower learner.learning_rate or learner.max_grad_norm and resume from the last checkpoint"
             )
         result = UpdateResult(float(loss), 0.0 if skipped else grad_norm, skipped, *table.cpu().numpy())
-        return replace(result, optimizer_seconds=optimizer_seconds)
+        return replace(result, optimizer_seconds=optimizer_seconds, learning_rate=rate)
 
     def _share(self, micro_batches: Sequence[MicroBatch], spare: MicroBatch) -> list[MicroBatch]:
         """This rank's micro-batches; all ranks get the same number, for their collectives go in lock-step."""
@@ -205,9 +214,14 @@ class Engine:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._settings.learner.max_grad_norm)
         if not bool(norm.isfinite()):
             self._deepspeed.zero_grad()
+            self._deepspeed.global_steps += 1  # it counts the steps that it skips itself, too
             return math.inf
         self._deepspeed.step()
         return float(norm)
+
+    def _can_lower_loss_scale(self) -> bool:
+        scaler = getattr(self._deepspeed.optimizer, "loss_scaler", None)
+        return scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
 
     def probe(self, sequences: Sequence[Sequence[int]]) -> Probe:
         """Log-probs at temperature 1 of every token after the first, for actors to measure their parity against."""
@@ -232,8 +246,12 @@ class Engine:
             self._deepspeed.train()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of all weights on the CPU, under the names of a Hugging Face checkpoint, in the published dtype."""
-        return checkpoint_tensors(self._policy.model, DTYPES[self._settings.model.dtype], gather=self._stage == 3)
+        """Copies of all weights on the CPU, under the names of a Hugging Face checkpoint, in the published dtype.
+
+        Every rank must call; ranks other than 0 get none.
+        """
+        dtype, gather = DTYPES[self._settings.model.dtype], self._stage == 3
+        return checkpoint_tensors(self._policy.model, dtype, gather=gather, keep=self._rank == 0)
 
     def capture(self, directory: Path) -> Callable[[], None]:
         """Copy model, optimizer and random state; what is returned writes them into the existing `directory`.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from learner.deepspeed_config import adamw, deepspeed_config
+from protocol.errors import SettingsError
 from protocol.settings import LearnerSettings
-
-ADAM_EPSILON = 1e-8
 
 
 def join_process_group(device: str, timeout_seconds: float) -> torch.device:
@@ -40,31 +40,38 @@ def join_process_group(device: str, timeout_seconds: float) -> torch.device:
     return torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
 
 
-def wraps_optimizer(learner: LearnerSettings) -> bool:
-    """Whether DeepSpeed has an optimizer of its own, which clips, skips and reports the norm; not at stage 0."""
-    return learner.zero_stage > 0
-
-
 def initialize(policy: nn.Module, learner: LearnerSettings, device: torch.device) -> Any:
-    """A DeepSpeed engine in training mode with AdamW; the caller decides where a step ends."""
+    """A DeepSpeed engine in training mode with AdamW; the caller decides where a step ends.
+
+    Raises:
+        SettingsError: the device does not have what the recipe asks for, or `learner.deepspeed` cannot be used.
+    """
     # Imported here: the accelerator is chosen from the environment when deepspeed is first imported.
     import deepspeed
 
+    _check_device(learner, device)
+    if kinds := separate_experts(policy):
+        if learner.zero_stage == 2 and torch.distributed.get_world_size() > 1:
+            raise SettingsError(
+                f"learner.zero_stage = 2 reduces gradients in the order they come in, which {kinds[0].__name__} makes "
+                "another on every rank, for its experts are modules of their own; take zero_stage = 1 or 3"
+            )
+        if learner.zero_stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(policy, kinds)
     if device.type == "cpu":
         # The shared-memory collective is compiled on first use: a minute, and a compiler. gloo needs neither.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=learner.learning_rate,
-        betas=learner.adam_betas,
-        eps=ADAM_EPSILON,
-        weight_decay=learner.weight_decay,
-    )
     buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
     engine, *_ = deepspeed.initialize(
-        model=policy, optimizer=optimizer, config=_config(learner), dist_init_required=False
+        model=policy,
+        optimizer=adamw(policy.parameters(), learner),
+        config=deepspeed_config(learner),
+        dist_init_required=False,
     )
+    if learner.precision == "float16":
+        # At the smallest scale DeepSpeed would end the process; how many steps may be skipped is decided elsewhere.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     # DeepSpeed casts buffers along with the weights; with rotary frequencies in bfloat16 it would be another model.
     for name, buffer in policy.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
@@ -72,15 +79,24 @@ def initialize(policy: nn.Module, learner: LearnerSettings, device: torch.device
     return engine
 
 
-def _config(learner: LearnerSettings) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": learner.max_grad_norm if wraps_optimizer(learner) else 0.0,
-        "zero_optimization": {"stage": learner.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": learner.precision == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": None,
-    }
+def separate_experts(policy: nn.Module) -> list[type[nn.Module]]:
+    """Kinds of modules whose experts are modules of their own, of which a forward pass may leave out some.
+
+    Ranks that leave out different ones would wait for each other's parameters for ever, so ZeRO-3 must fetch all of
+    such a module at once. Models in transformers hold the weights of all experts in one tensor.
+    """
+    return list(
+        {type(module) for module in policy.modules() if isinstance(getattr(module, "experts", None), nn.ModuleList)}
+    )
+
+
+def _check_device(learner: LearnerSettings, device: torch.device) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    if learner.offload != "none" and device.type == "cpu":
+        raise SettingsError(
+            f'learner.offload = "{learner.offload}" moves what a GPU holds to the CPU, but the learner computes on the '
+            'CPU; set it to "none"'
+        )
+    if learner.precision == "float16" and not get_accelerator().is_fp16_supported():
+        raise SettingsError('learner.precision = "float16" is not supported by this device; take "bfloat16"')

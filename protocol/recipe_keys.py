@@ -46,16 +46,20 @@ def find_field(path: KeyPath) -> FieldInfo | None:
     for length in range(len(path) - 1, 1, -1):
         field = fields.get(path[:length])
         if field is not None:
-            return field if get_origin(field.annotation) is dict else None
+            return field if _is_free_table(field) else None
     return None
 
 
 def takes_text(path: KeyPath) -> bool:
     """Whether any text is a valid value of the key."""
     field = _fields().get(path)
-    if field is None or get_origin(field.annotation) is dict:
+    if field is None or _is_free_table(field):
         return False
     return str in (field.annotation, *get_args(field.annotation))
+
+
+def _is_free_table(field: FieldInfo) -> bool:
+    return dict in {get_origin(annotation) for annotation in (field.annotation, *get_args(field.annotation))}
 
 
 def is_section(path: KeyPath) -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from protocol.deepspeed_keys import check_deepspeed_table
 from protocol.objectives import ObjectiveSettings, VespoSettings, choose
 from protocol.section import Section
 
@@ -102,17 +103,30 @@ class LearnerSettings(Section):
     groups_per_step: PositiveInt = 32
     """Groups in one optimizer update."""
     learning_rate: float = Field(default=1e-6, gt=0)
-    """Adam's learning rate, constant."""
+    """AdamW's learning rate, where `schedule` does not lower it."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls from the end of the warm-up to nothing at `run.steps`, or that it does not."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises to its full value, in equal parts."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Adam's moment decays."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of Adam's second moment."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute precision; bfloat16 keeps float32 master weights in the optimizer."""
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Compute precision; below float32 the optimizer keeps float32 master weights. float16 scales the loss, and skips
+    the step and halves the scale when a gradient overflows: a few of the first steps are spent on finding it."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage."""
+    """What DeepSpeed ZeRO spreads over ranks: nothing, optimizer state, gradients too, parameters too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What of a GPU's share is kept in the CPU's memory: optimizer state, which is then updated there, and with
+    `zero_stage = 3` parameters too."""
+    deepspeed: str | dict[str, Any] = Field(default_factory=dict)
+    """More of DeepSpeed's configuration, a table or the path of a JSON file: merged last and not looked into, but keys
+    that other settings decide are refused."""
     micro_batch_tokens: PositiveInt = 16384
     """Tokens in one forward and backward pass, padding included; bounds memory, does not change the update."""
     packing: bool = True
@@ -137,10 +151,20 @@ class LearnerSettings(Section):
 
     @model_validator(mode="after")
     def _precise_gradients(self) -> Self:
-        if self.zero_stage == 0 and self.precision == "bfloat16":
+        if self.zero_stage == 0 and self.precision != "float32":
             raise ValueError(
-                'zero_stage = 0 would accumulate gradients in bfloat16; take zero_stage = 1, or precision = "float32"'
+                f"zero_stage = 0 would accumulate gradients in {self.precision}; take zero_stage = 1, or precision = "
+                '"float32"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed(self) -> Self:
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f'offload = "{self.offload}" needs zero_stage = {needed} or more, not {self.zero_stage}')
+        if not isinstance(self.deepspeed, str):
+            check_deepspeed_table(self.deepspeed)
         return self
 
 
@@ -193,7 +217,8 @@ class BufferSettings(Section):
 
 class WeightSettings(Section):
     store: str | None = None
-    """fsspec URL of the weight store (`file:///...`, `s3://...`); default a folder in the run directory."""
+    """fsspec URL of the weight store (`file:///...`, `s3://...`), of this run alone; default a folder in the run
+    directory. `redis` keeps weights in the buffer's server, for models of up to 128 MiB."""
     updates_per_publish: PositiveInt = 1
     """Optimizer updates that make a policy version."""
     seconds_per_publish: float = Field(default=0.0, ge=0)
@@ -201,7 +226,14 @@ class WeightSettings(Section):
     weights are not written more often than pays. No more than `buffer.max_lag` versions pass without one: actors that
     are further behind may not generate. 0 publishes every version."""
     versions_kept: int = Field(default=4, ge=2)
-    """Payloads kept in the store, the newest ones."""
+    """Versions kept in the store, the newest ones; beside them stay those that a kept delta builds on, those that a
+    living actor is reading, and for some seconds what is no longer needed."""
+    delta: Literal["auto", "never"] = "auto"
+    """`auto` publishes only the bits that changed since the last published version, where that takes at most half of
+    the bytes; what actors get is the same to the bit. The learner keeps a copy of the last version for it."""
+    full_every: PositiveInt = 8
+    """With `delta = "auto"`, one version in so many is full all the same, so that an actor that joins late reads one
+    full version and a short chain."""
     parity_tolerance: float | None = Field(default=None, gt=0)
     """Largest log-prob difference to the learner with which an actor may serve; default 1e-4 float32, 0.5 bfloat16."""
     update: Literal["in_flight", "drain"] = "in_flight"

@@ -1,0 +1,35 @@
+"""What may stand in `learner.deepspeed`: anything DeepSpeed knows, but for what the recipe or the learner decides.
+
+The table is handed on unread: its keys change with DeepSpeed's versions, and DeepSpeed checks them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+ITS_OWN = "the learner, whose updates depend on it"
+OWNED = {
+    "train_batch_size": "learner.groups_per_step",
+    "train_micro_batch_size_per_gpu": "learner.micro_batch_tokens",
+    "gradient_accumulation_steps": "learner.micro_batch_tokens",
+    "gradient_clipping": "learner.max_grad_norm",
+    "optimizer": "learner.learning_rate, adam_betas, adam_epsilon and weight_decay",
+    "scheduler": "learner.schedule and warmup_steps",
+    "zero_optimization.stage": "learner.zero_stage",
+    "bf16.enabled": "learner.precision",
+    "fp16.enabled": "learner.precision",
+    "data_types.grad_accum_dtype": ITS_OWN,
+    "managed_gradient_accumulation": ITS_OWN,
+    "zero_allow_untested_optimizer": ITS_OWN,
+    "zero_force_ds_cpu_optimizer": ITS_OWN,
+}
+"""Keys of DeepSpeed's configuration that are refused, and what sets them instead."""
+
+
+def check_deepspeed_table(table: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the key, if the table sets what is not its own to set."""
+    for key, owner in OWNED.items():
+        value: Any = table
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is not None:
+            raise ValueError(f"DeepSpeed's {key} is set by {owner}; leave it out of learner.deepspeed")
