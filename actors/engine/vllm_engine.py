@@ -38,8 +38,6 @@ def prepare_environment(settings: Settings, run_dir: Path) -> None:
         TOKENIZERS_PARALLELISM="false",
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # It warns at every update of layers that have no weights. What was really left out is found by the parity probe.
-    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
     if settings.model.device == "cpu":
         os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 
@@ -59,6 +57,8 @@ class VllmEngine:
             from vllm import LLM, SamplingParams
             from vllm.sampling_params import RequestOutputKind
 
+            # It warns at every update of layers that have no weights; what was really left out shows in the parity.
+            logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
             task, actors = settings.task, settings.actors
             device_options: dict[str, Any] = {"gpu_memory_utilization": actors.gpu_memory_utilization}
             if not _on_gpu(settings):
