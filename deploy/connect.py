@@ -10,10 +10,14 @@ from buffer.embedded import EmbeddedServer
 from buffer.keys import Keys
 from buffer.run import Buffer
 from buffer.store import WeightStore
+from buffer.stores.server import ServerBlobs
 from deploy.rundir import RunDirectory
 from protocol.errors import LauncherError, RunMismatchError, SettingsError
 from protocol.recipe import REDACTED
 from protocol.settings import Settings
+
+SERVER_STORE = "redis"
+"""The value of `weights.store` that keeps weights in the buffer's server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ def placed(settings: Settings, directory: RunDirectory, url: str) -> Settings:
     if model.reference is not None:
         model = model.model_copy(update={"reference": str(Path(model.reference).expanduser().resolve())})
     store = weights.store or str(directory.weights)
-    if "://" not in store:
+    if "://" not in store and store != SERVER_STORE:
         store = str(Path(store).expanduser().resolve())
     return settings.model_copy(
         update={
@@ -53,7 +57,16 @@ def open_run(settings: Settings) -> Connected:
     if settings.buffer.url is None or settings.weights.store is None:
         raise ValueError("settings name no server or no store; see placed()")
     client = connect_url(settings.buffer.url, settings.run.name, settings.buffer.reconnect_seconds)
-    return Connected(client, Buffer(client, settings.run.name), WeightStore(settings.weights.store))
+    return Connected(client, Buffer(client, settings.run.name), open_store(settings.weights.store, client, settings))
+
+
+def open_store(store: str, client: redis.Redis, settings: Settings) -> WeightStore:
+    """The weight store of that name or URL; `client` is used where the buffer's server is the store.
+
+    Raises:
+        WeightStoreError: no such protocol, or its driver is not installed.
+    """
+    return WeightStore(ServerBlobs(client, settings.run.name) if store == SERVER_STORE else store)
 
 
 def connect_url(url: str, run: str, reconnect_seconds: float, *, wait: bool = True) -> redis.Redis:

@@ -2,15 +2,18 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from actors.tasks import BUILT_IN, load_task
 from buffer.connection import check_server
+from buffer.safetensors_format import read_header
 from buffer.store import WeightStore
-from deploy.connect import check_identity, connect_url, placed
+from buffer.stores.server import LIMIT_BYTES
+from deploy.connect import SERVER_STORE, check_identity, connect_url, open_store, placed
 from deploy.rundir import RunDirectory
-from protocol.errors import SettingsError, WeightStoreError
+from protocol.errors import SettingsError, WeightsDamagedError, WeightStoreError
 from protocol.objectives import OBJECTIVES
 from protocol.settings import Settings
 
@@ -42,6 +45,11 @@ def preflight(settings: Settings, directory: RunDirectory, *, learner: bool = Tr
         check_model(Path(settings.model.path).expanduser(), settings)
     if learner and settings.model.reference is not None:
         check_model(Path(settings.model.reference).expanduser(), settings, "model.reference")
+    store = placed(settings, directory, "").weights.store
+    if store is None:
+        raise WeightStoreError("no weight store")
+    if learner and store == SERVER_STORE and settings.model.path is not None:
+        check_fits_server(Path(settings.model.path).expanduser(), settings)
     warnings: list[str] = []
     if settings.buffer.url is not None:
         client = connect_url(settings.buffer.url, settings.run.name, settings.buffer.reconnect_seconds, wait=False)
@@ -49,12 +57,11 @@ def preflight(settings: Settings, directory: RunDirectory, *, learner: bool = Tr
             warnings = check_server(client, embedded=False)
             if learner:
                 check_identity(client, settings, directory)
+            open_store(store, client, settings).check()
         finally:
             client.close()
-    store = placed(settings, directory, "").weights.store
-    if store is None:
-        raise WeightStoreError("no weight store")
-    WeightStore(store).check()
+    elif store != SERVER_STORE:  # the embedded server, which is not started yet, takes what it is given
+        WeightStore(store).check()
     return warnings
 
 
@@ -118,6 +125,28 @@ def check_model(path: Path, settings: Settings, key: str = "model.path") -> None
     elif not any(next(path.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
         raise SettingsError(f"{where} has no weights: no file {' or '.join(WEIGHT_PATTERNS)}")
     _check_length(config, settings, where)
+
+
+def check_fits_server(path: Path, settings: Settings) -> None:
+    """The model's safetensors files, in the published dtype, are not too large for `weights.store = "redis"`.
+
+    Raises:
+        SettingsError: they are, or one cannot be read.
+    """
+    item_bytes = {"float32": 4, "bfloat16": 2}[settings.model.dtype]
+    num_bytes = 0
+    for file_path in path.glob("*.safetensors"):
+        try:
+            with file_path.open("rb") as file:
+                placements = read_header(file, file_path.stat().st_size)
+        except (OSError, WeightsDamagedError) as error:
+            raise SettingsError(f"{file_path} cannot be read: {error}") from error
+        num_bytes += item_bytes * sum(math.prod(placement.shape) for placement in placements.values())
+    if num_bytes > LIMIT_BYTES:
+        raise SettingsError(
+            f'weights.store = "redis" takes models of at most {LIMIT_BYTES >> 20} MiB, {str(path)!r} has '
+            f"{num_bytes / 2**20:.0f} MiB in {settings.model.dtype}; take a shared folder or an object store"
+        )
 
 
 def _check_length(config: dict[str, Any], settings: Settings, where: str) -> None:

@@ -16,8 +16,8 @@ Part = bytes | bytearray | memoryview
 
 
 class Blobs(Protocol):
-    """Named blobs. Every method raises whatever the driver raises, `FileNotFoundError` for a name that is not there;
-    the caller attributes it.
+    """Named blobs. Every method raises whatever the driver raises, `FileNotFoundError` for a name that is not there
+    (object stores do not say so when they delete); the caller attributes it.
 
     Attributes:
         url: where this is, for messages, without secrets.

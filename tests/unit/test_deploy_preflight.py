@@ -7,6 +7,7 @@ import pytest
 
 from buffer.connection import connect
 from buffer.embedded import EmbeddedServer
+from buffer.safetensors_format import encode_header
 from deploy.connect import placed
 from deploy.preflight import check_model, check_objective, check_task, preflight
 from deploy.rundir import RunDirectory
@@ -127,3 +128,18 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WeightStoreError, match="file/weights"):
         preflight(make_settings(weights={"store": str(tmp_path / "file" / "weights")}), directory)
+
+
+def test_a_model_too_large_for_the_server_is_refused_by_name(model: Path) -> None:
+    num_elements = 80 << 20  # 160 MiB in bfloat16; the file's tail may be a hole
+    with (model / "model.safetensors").open("wb") as file:
+        file.write(encode_header([("w", "F32", (num_elements,), 4 * num_elements)], {}))
+        file.truncate(file.tell() + 4 * num_elements)
+    small = settings(model)
+    directory = RunDirectory(model.parent / "run")
+    directory.create("run")
+    large = small.model_copy(update={"weights": small.weights.model_copy(update={"store": "redis"})})
+    with pytest.raises(SettingsError, match=r"at most 128 MiB, .*model' has 160 MiB in bfloat16"):
+        preflight(large, directory)
+    assert placed(large, directory, "").weights.store == "redis"
+    assert preflight(large, directory, learner=False) == []
