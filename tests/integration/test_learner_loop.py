@@ -232,12 +232,12 @@ def test_a_disk_that_refuses_checkpoints_ends_the_learner_and_commits_nothing(
     tmp_path, buffer, settings, learn, actors, monkeypatch
 ):
     actors()
-    monkeypatch.setattr("learner.state.os.fsync", _full)
+    monkeypatch.setattr("learner.state.torch.save", _full)
     with pytest.raises(CheckpointError, match=r"step 2 cannot be written to .*No space left"):
         learn(changed(settings, run={"steps": 1000}))
     assert check_ledger(buffer, 0)
     assert not list((tmp_path / "run" / "checkpoints").glob("session-*"))
 
 
-def _full(descriptor):
+def _full(state, file):
     raise OSError(errno.ENOSPC, "No space left on device")
