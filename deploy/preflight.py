@@ -13,6 +13,7 @@ from buffer.store import WeightStore
 from buffer.stores.server import LIMIT_BYTES
 from deploy.connect import SERVER_STORE, check_identity, connect_url, open_store, placed
 from deploy.rundir import RunDirectory
+from protocol.deepspeed_keys import deepspeed_table
 from protocol.errors import SettingsError, WeightsDamagedError, WeightStoreError
 from protocol.objectives import OBJECTIVES
 from protocol.settings import Settings
@@ -41,6 +42,8 @@ def preflight(settings: Settings, directory: RunDirectory, *, learner: bool = Tr
     check_objective(settings)
     if settings.model.device == "cuda" and not any(Path(device).exists() for device in GPU_DEVICES):
         raise SettingsError('model.device = "cuda", but this machine shows no GPU; use "auto" or "cpu"')
+    if learner:
+        deepspeed_table(settings.learner.deepspeed)
     if learner and settings.model.path is not None:
         check_model(Path(settings.model.path).expanduser(), settings)
     if learner and settings.model.reference is not None:

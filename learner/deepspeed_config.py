@@ -1,14 +1,11 @@
 """DeepSpeed's configuration and optimizer, from the recipe."""
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from protocol.deepspeed_keys import check_deepspeed_table
-from protocol.errors import SettingsError
+from protocol.deepspeed_keys import deepspeed_table
 from protocol.settings import LearnerSettings
 
 
@@ -37,30 +34,12 @@ def deepspeed_config(learner: LearnerSettings) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
     }
-    return merged(config, raw_table(learner.deepspeed))
+    return merged(config, deepspeed_table(learner.deepspeed))
 
 
 def wraps_optimizer(learner: LearnerSettings) -> bool:
     """Whether DeepSpeed has an optimizer of its own, which clips, skips and reports the norm; not at stage 0."""
     return learner.zero_stage > 0
-
-
-def raw_table(given: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """The table itself, or what the JSON file of that name holds.
-
-    Raises:
-        SettingsError: the file cannot be read, or sets what is not its own to set.
-    """
-    if not isinstance(given, str):
-        return given
-    try:
-        table = json.loads(Path(given).read_text("utf-8"))
-        if not isinstance(table, dict):
-            raise ValueError("it holds no JSON object")
-        check_deepspeed_table(table)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"learner.deepspeed = {given!r} cannot be used: {error}") from error
-    return table
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

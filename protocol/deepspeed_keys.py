@@ -3,8 +3,12 @@
 The table is handed on unread: its keys change with DeepSpeed's versions, and DeepSpeed checks them.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from protocol.errors import SettingsError
 
 ITS_OWN = "the learner, whose updates depend on it"
 OWNED = {
@@ -33,3 +37,21 @@ def check_deepspeed_table(table: Mapping[str, Any]) -> None:
             value = value.get(name) if isinstance(value, Mapping) else None
         if value is not None:
             raise ValueError(f"DeepSpeed's {key} is set by {owner}; leave it out of learner.deepspeed")
+
+
+def deepspeed_table(given: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table itself, or what the JSON file of that name holds.
+
+    Raises:
+        SettingsError: the file cannot be read, or sets what is not its own to set.
+    """
+    if not isinstance(given, str):
+        return given
+    try:
+        table = json.loads(Path(given).read_text("utf-8"))
+        if not isinstance(table, dict):
+            raise ValueError("it holds no JSON object")
+        check_deepspeed_table(table)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"learner.deepspeed = {given!r} cannot be used: {error}") from error
+    return table
