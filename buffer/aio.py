@@ -16,9 +16,10 @@ from buffer.aio_connection import connect_async
 from buffer.clock import clock_line, parse_clock
 from buffer.connection import describe, guard
 from buffer.events import cursor_line, parse_cursor, wait_line
+from buffer.exchange import Argument
 from buffer.keys import Keys
 from buffer.registry import status_of_the_gone
-from buffer.scripts import Argument, by_digest, by_source, typed_error
+from buffer.scripts import by_digest, by_source, typed_error
 from buffer.submission import Obstacle, Submission
 from buffer.tickets import Issued, fail_arguments, issue_arguments, parse_ticket, renew_arguments, ticket_member
 from protocol.clock import ClockState

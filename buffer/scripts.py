@@ -14,18 +14,17 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import redis
 
-from buffer.connection import command, guard
+from buffer.connection import guard
+from buffer.exchange import Argument, Line, exchange
 from buffer.keys import Keys
 from protocol.errors import BufferUnavailableError, FencedError, RunMismatchError, VespoError
-
-Argument = str | bytes | int | float
 
 FOLDER = Path(__file__).parent / "scripts"
 TYPED_ERRORS: dict[str, type[Exception]] = {
@@ -55,6 +54,7 @@ class Scripts:
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client = client
         self._keys = keys.all()
+        self._lines: dict[str, Line] = {}
         self._lock = threading.Lock()
         self._recent: deque[tuple[float, str, tuple[Argument, ...]]] = deque()
 
@@ -65,13 +65,19 @@ class Scripts:
             FencedError, RunMismatchError, ValueError: what the script itself refused.
             BufferUnavailableError: the server is away or refuses to write.
         """
-        try:
-            try:
-                return command(self._client, *by_digest(name, self._keys, arguments))
-            except redis.exceptions.NoScriptError:
-                return command(self._client, *by_source(name, self._keys, arguments))
-        except redis.ResponseError as error:
-            raise typed_error(error) from error
+        (reply,) = self._send(self._by_digest(name, arguments))
+        return self._known(reply, name, arguments)
+
+    def _known(self, reply: Any, name: str, arguments: Sequence[Argument]) -> Any:
+        """`reply` to a script that was run by its hash, and now by its source if the server did not know it."""
+        if isinstance(reply, redis.exceptions.NoScriptError):
+            (reply,) = self._send(Line(*by_source(name, self._keys, arguments)).pieces())
+        return self._judged(reply)
+
+    def _by_digest(self, name: str, arguments: Sequence[Argument]) -> list[bytes]:
+        if (line := self._lines.get(name)) is None:
+            line = self._lines[name] = Line(*by_digest(name, self._keys, ()))
+        return line.pieces(*arguments)
 
     def run_repeatably(self, name: str, *arguments: Argument) -> Any:
         """`run` a script that changes nothing when it is run twice, and remember it for `repeat_recent`."""
@@ -105,24 +111,19 @@ class Scripts:
         """`run`, and wait until the effect is on the server's disk, where the server can tell (since Redis 7.2)."""
         wait = ("WAITAOF", 1, 0, round(1000 * SYNC_DEADLINE_SECONDS))
         # the second reply may be an error: an older server, or one without an append-only file
-        reply, _ = self._send(by_source(name, self._keys, arguments), wait)
+        reply, _ = self._send(Line(*by_source(name, self._keys, arguments)).pieces(), Line(*wait).pieces())
         return self._judged(reply)
 
     def run_after(self, first: Sequence[Argument], name: str, *arguments: Argument) -> Any:
         """Send a plain command and a script in one go, not atomically; the script's reply."""
-        first_reply, reply = self._send(first, by_digest(name, self._keys, arguments))
+        first_reply, reply = self._send(Line().pieces(*first), self._by_digest(name, arguments))
         self._judged(first_reply)
-        if isinstance(reply, redis.exceptions.NoScriptError):
-            return self.run(name, *arguments)
-        return self._judged(reply)
+        return self._known(reply, name, arguments)
 
-    def _send(self, *lines: Sequence[Argument]) -> list[Any]:
+    def _send(self, *commands: Sequence[bytes]) -> list[Any]:
         """Replies to several commands on one connection, errors among them."""
-        with guard(self._client), self._client.pipeline(transaction=False) as pipeline:
-            send: Callable[..., object] = pipeline.execute_command
-            for line in lines:
-                send(*line)
-            return pipeline.execute(raise_on_error=False)
+        with guard(self._client):
+            return exchange(self._client, *commands)
 
     def _judged(self, reply: Any) -> Any:
         """`reply` unless it is an error, which is raised."""

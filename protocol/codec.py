@@ -28,6 +28,7 @@ MAX_BODY_BYTES = 256 << 20
 MAX_COMPLETIONS = 4096
 MAX_SPANS = 1 << 16
 BYTES_PER_TOKEN = 4 + 4 + 1
+INT32, FLOAT32, UINT8 = np.dtype("<i4"), np.dtype("<f4"), np.dtype("u1")
 
 
 def encode_group(group: Group) -> bytes:
@@ -57,12 +58,12 @@ def encode_group(group: Group) -> bytes:
             ],
         }
     )
-    arrays = [np.ascontiguousarray(group.prompt_tokens, "<i4")]
+    arrays: list[NDArray[Any]] = [np.ascontiguousarray(group.prompt_tokens, INT32)]
     for c in group.completions:
         arrays += [
-            np.ascontiguousarray(c.tokens, "<i4"),
-            np.ascontiguousarray(c.logprobs, "<f4"),
-            np.ascontiguousarray(c.mask, "u1"),
+            np.ascontiguousarray(c.tokens, INT32),
+            np.ascontiguousarray(c.logprobs, FLOAT32),
+            np.ascontiguousarray(c.mask, UINT8),
         ]
     body_bytes = sum(a.nbytes for a in arrays)
     if len(header) > MAX_HEADER_BYTES or body_bytes > MAX_BODY_BYTES or len(group.completions) > MAX_COMPLETIONS:
@@ -70,10 +71,11 @@ def encode_group(group: Group) -> bytes:
             f"ticket {group.ticket.index}: group of {len(group.completions)} completions, header {len(header)} and "
             f"body {body_bytes} bytes is over the limits ({MAX_COMPLETIONS}, {MAX_HEADER_BYTES}, {MAX_BODY_BYTES})"
         )
-    payload = b"".join(
-        [PRELUDE.pack(MAGIC, FORMAT, 0, len(header), body_bytes), header, *(a.tobytes() for a in arrays)]
-    )
-    return payload + xxhash.xxh3_64_digest(payload)
+    parts = [PRELUDE.pack(MAGIC, FORMAT, 0, len(header), body_bytes), header, *arrays]
+    checksum = xxhash.xxh3_64()
+    for part in parts:
+        checksum.update(part)
+    return b"".join([*parts, checksum.digest()])
 
 
 def decode_group(payload: bytes) -> Group:
@@ -126,18 +128,18 @@ def _build(header: dict[str, Any], body: memoryview) -> Group:
         raise CodecError("group header's lengths do not add up to its body")
     offset = 0
 
-    def take(dtype: str, count: int) -> NDArray[Any]:
+    def take(dtype: np.dtype[Any], count: int) -> NDArray[Any]:
         nonlocal offset
         array: NDArray[Any] = np.frombuffer(body, dtype, count, offset)
         offset += array.nbytes
         return array
 
-    prompt_tokens = take("<i4", num_prompt_tokens)
+    prompt_tokens = take(INT32, num_prompt_tokens)
     completions = tuple(
         Completion(
-            tokens=take("<i4", length),
-            logprobs=take("<f4", length),
-            mask=take("u1", length),
+            tokens=take(INT32, length),
+            logprobs=take(FLOAT32, length),
+            mask=take(UINT8, length),
             spans=tuple(VersionSpan(_count(s), _count(e), _count(v)) for s, e, v in c["spans"]),
             reward=_number(c["reward"]),
             finish_reason=_text(c["finish"]),

@@ -55,15 +55,23 @@ class Completion:
 
     def problem(self) -> str | None:
         """First reason why the learner must not train on this, or None."""
+        return self.problem_of_shape() or self.problem_of_values()
+
+    def problem_of_values(self) -> str | None:
+        """`problem` as far as tokens and log-probs decide, of which there is at least one."""
+        if int(self.tokens.min()) < 0:
+            return "negative token id"
+        if not _are_logprobs(self.logprobs):
+            return "behaviour log-prob is not finite or above zero"
+        return None
+
+    def problem_of_shape(self) -> str | None:
+        """`problem` as far as anything but the values of the arrays decides."""
         length = len(self.tokens)
         if length == 0:
             return "completion without tokens"
         if len(self.logprobs) != length or len(self.mask) != length:
             return f"{length} tokens, {len(self.logprobs)} log-probs, {len(self.mask)} mask entries"
-        if int(self.tokens.min()) < 0:
-            return "negative token id"
-        if not np.isfinite(self.logprobs).all() or float(self.logprobs.max()) > LOGPROB_SLACK:
-            return "behaviour log-prob is not finite or above zero"
         if not math.isfinite(self.reward):
             return f"reward is {self.reward}"
         if self.finish_reason not in FINISH_REASONS:
@@ -115,6 +123,19 @@ class Group:
         if len(self.completions) < 2:
             return f"{len(self.completions)} completions; a group needs at least 2"
         for number, completion in enumerate(self.completions):
-            if (problem := completion.problem()) is not None:
+            if (problem := completion.problem_of_shape()) is not None:
                 return f"completion {number}: {problem}"
-        return None
+        # all at once, since a call of numpy costs more than the numbers of a short completion
+        tokens = np.concatenate([completion.tokens for completion in self.completions])
+        logprobs = np.concatenate([completion.logprobs for completion in self.completions])
+        if int(tokens.min()) >= 0 and _are_logprobs(logprobs):
+            return None
+        for number, completion in enumerate(self.completions):
+            if (problem := completion.problem_of_values()) is not None:
+                return f"completion {number}: {problem}"
+        raise AssertionError("values are wrong together that are right one by one")
+
+
+def _are_logprobs(values: NDArray[np.float32]) -> bool:
+    """Whether all are finite and none above zero; a NaN is the least and the greatest of any array it is in."""
+    return -math.inf < float(values.min()) and float(values.max()) <= LOGPROB_SLACK

@@ -5,22 +5,23 @@
 local ticket, key = ARGV[1], payload_key(ARGV[2])
 local bytes, milliseconds_left = redis.call('STRLEN', key), redis.call('PTTL', key)
 if milliseconds_left == -1 then return {1} end -- this very payload was accepted before; the answer got lost
-if not redis.call('ZSCORE', GENERATING, ticket) then
-    redis.call('DEL', key)
-    count('refused', 1)
-    return {0}
-end
+local counters = redis.call('HMGET', TICKETS, 'generating', 'buffered', 'buffered_bytes')
+local waiting, most = tonumber(counters[3] or 0), tonumber(redis.call('HGET', CLOCK, 'max_bytes'))
 -- leased groups do not count: only a checkpoint frees them, and a learner may need more groups to get there
-local waiting, most = counter('buffered_bytes'), tonumber(redis.call('HGET', CLOCK, 'max_bytes'))
-if waiting > 0 and waiting + bytes > most then
+local is_full = waiting > 0 and waiting + bytes > most
+if is_full and redis.call('ZSCORE', GENERATING, ticket) then
     redis.call('DEL', key)
     redis.call('HSET', TICKETS, 'full', 1)
     return {2, waiting, most, cursor(SPACE)}
 end
-if redis.call('PERSIST', key) == 0 then return {3} end
+if milliseconds_left == -2 and redis.call('ZSCORE', GENERATING, ticket) then return {3} end
+if redis.call('ZREM', GENERATING, ticket) == 0 then
+    redis.call('DEL', key)
+    count('refused', 1)
+    return {0}
+end
+redis.call('PERSIST', key)
 redis.call('XADD', GROUPS, '*', 'ticket', ticket, 'bytes', bytes, 'payload', ARGV[2])
-redis.call('ZREM', GENERATING, ticket)
-count('generating', -1)
-count('buffered', 1)
-count('buffered_bytes', bytes)
+redis.call('HSET', TICKETS, 'generating', string.format('%d', (counters[1] or 0) - 1),
+    'buffered', string.format('%d', (counters[2] or 0) + 1), 'buffered_bytes', string.format('%d', waiting + bytes))
 return {1}

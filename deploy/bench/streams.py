@@ -1,6 +1,7 @@
 """The two ways from producer to consumer that the buffer bench compares: our buffer, and plain redis-py on a stream."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import redis
@@ -132,12 +133,12 @@ def read_entries(job: Job, start: Start) -> None:
     held: list[bytes] = []
     num_read = 0
     while num_read < job.num_groups:
-        reply = client.xreadgroup(READERS, READER, {STREAM: ">"}, count=BATCH, block=round(1000 * WAIT_SECONDS))
+        reply: Any = client.xreadgroup(READERS, READER, {STREAM: ">"}, count=BATCH, block=round(1000 * WAIT_SECONDS))
         if not reply:
             raise RuntimeError(f"no entry came for {WAIT_SECONDS:g} s")
         held += [entry_id for entry_id, _ in reply[0][1]]
         if len(held) >= BATCH or num_read + len(held) == job.num_groups:
-            with client.pipeline(transaction=False) as pipeline:
-                pipeline.xack(STREAM, READERS, *held).xdel(STREAM, *held).execute()
+            pipeline: Any = client.pipeline(transaction=False)
+            pipeline.xack(STREAM, READERS, *held).xdel(STREAM, *held).execute()
             num_read += len(held)
             held.clear()
