@@ -37,6 +37,8 @@ def encode(old: memoryview, new: memoryview, item_bytes: int) -> bytes:
     if old.nbytes != new.nbytes:
         raise ValueError(f"a delta between tensors of {old.nbytes} and {new.nbytes} bytes")
     before, after = (np.frombuffer(data, _INTEGERS[item_bytes]) for data in (old, new))
+    if before.ctypes.data == after.ctypes.data:  # frozen: the same memory, which need not be read
+        return b""
     different = before != after
     num_changed = int(np.count_nonzero(different))
     if num_changed == 0:

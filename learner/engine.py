@@ -23,6 +23,7 @@ from torch import Tensor
 from learner.batch import MicroBatch, StepBatch, build_step_batch
 from learner.deepspeed_config import wraps_optimizer
 from learner.logprobs import Policy, scatter_rows
+from learner.lora import adapter_tensors, add_adapters, is_adapter
 from learner.loss import StepLoss
 from learner.model import DTYPES, attention_cost, load_model
 from learner.objectives import ObjectiveResult
@@ -94,6 +95,8 @@ class Engine:
         torch.set_num_threads(settings.learner.cpu_threads)
         torch.manual_seed(settings.run.seed)
         model, self.packs = load_model(settings, model_dir)
+        if settings.model.lora is not None:
+            add_adapters(model, settings.model.lora)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._attention_cost = attention_cost(model.config)
         self._policy = Policy(model, entropy_gradient=settings.objective.entropy_coefficient > 0)
@@ -105,13 +108,18 @@ class Engine:
         self.layout = self._describe(type(model).__name__)
         self._skipped_in_a_row = 0
         self._copies = StateCopies()
+        self._frozen: dict[str, Tensor] | None = None
         self._deepspeed = initialize(self._policy, settings.learner, self.device)
 
     def _describe(self, model: str) -> str:
         shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in self._policy.named_parameters()]
         digest = xxhash.xxh3_64_hexdigest("\n".join(shapes).encode())
-        precision = self._settings.learner.precision
-        return f"{model} with parameters {digest}, {precision}, ZeRO stage {self._stage}, {self._world_size} ranks"
+        precision, lora = self._settings.learner.precision, self._settings.model.lora
+        adapters = "" if lora is None else f", LoRA of rank {lora.rank} and alpha {lora.alpha:g}"
+        return (
+            f"{model} with parameters {digest}{adapters}, {precision}, ZeRO stage {self._stage}, "
+            f"{self._world_size} ranks"
+        )
 
     def lay_out(self, groups: Sequence[Group]) -> StepBatch:
         """The batch of a step, as this engine's ranks and attention take it; the same on every rank."""
@@ -248,10 +256,18 @@ class Engine:
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all weights on the CPU, under the names of a Hugging Face checkpoint, in the published dtype.
 
+        With LoRA these are the frozen weights, copied once, and the adapters as `buffer.adapter` describes them.
         Every rank must call; ranks other than 0 get none.
         """
-        dtype, gather = DTYPES[self._settings.model.dtype], self._stage == 3
-        return checkpoint_tensors(self._policy.model, dtype, gather=gather, keep=self._rank == 0)
+        model, dtype = self._policy.model, DTYPES[self._settings.model.dtype]
+        if self._settings.model.lora is None:
+            return checkpoint_tensors(model, dtype, gather=self._stage == 3, keep=self._rank == 0)
+        if self._rank:
+            return {}
+        if self._frozen is None:
+            every = checkpoint_tensors(model, dtype, gather=False)
+            self._frozen = {name: tensor for name, tensor in every.items() if not is_adapter(name)}
+        return self._frozen | adapter_tensors(model)
 
     def capture(self, directory: Path) -> Callable[[], None]:
         """Copy model, optimizer and random state; what is returned writes them into the existing `directory`.
@@ -268,6 +284,7 @@ class Engine:
         """
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self._parameter_groups]
         restore(self._deepspeed, directory, self._rank)
+        self._frozen = None
         for group, values in zip(self._parameter_groups, settings, strict=True):
             group.update(values)
 

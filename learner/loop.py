@@ -168,8 +168,15 @@ class _Learner:
         stack.callback(self._journal.close)
         self._first_step = lineage.step
         self._cadence = Cadence(seconds=settings.weights.seconds_per_publish, max_lag=settings.buffer.max_lag)
-        kept = settings.weights.versions_kept
-        self._publisher = Publisher(buffer, store, epoch=lineage.epoch, versions_kept=kept)
+        weights = settings.weights
+        self._publisher = Publisher(
+            buffer,
+            store,
+            epoch=lineage.epoch,
+            versions_kept=weights.versions_kept,
+            full_every=weights.full_every if weights.delta == "auto" else 1,
+            frozen=settings.model.lora is not None,
+        )
         stack.callback(self._publisher.close)
         self._feed = Feed(
             buffer,

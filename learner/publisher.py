@@ -51,15 +51,30 @@ class Publisher:
     """
 
     def __init__(
-        self, buffer: Buffer, store: WeightStore, *, epoch: int, versions_kept: int, full_every: int = 1
+        self,
+        buffer: Buffer,
+        store: WeightStore,
+        *,
+        epoch: int,
+        versions_kept: int,
+        full_every: int = 1,
+        frozen: bool = False,
     ) -> None:
-        """`full_every`: one version in so many is full, the others are deltas where that pays."""
+        """How versions are written.
+
+        Args:
+            versions_kept: as `Retention`.
+            full_every: one version in so many is full, the others are deltas where that pays.
+            frozen: most tensors never change (LoRA), so one version of the epoch is full, and all others build on it:
+                they hold the adapters, and a late joiner reads two payloads.
+        """
         self.num_superseded = 0
         self.last_seconds = 0.0
         self._buffer = buffer
         self._store = store
         self._epoch = epoch
         self._full_every = full_every
+        self._frozen = frozen
         self._published: StagedVersion | None = None  # only where a delta may build on it
         self._num_deltas = 0  # since the last full version
         self._retention = Retention(buffer.clock, buffer.actors, store, epoch=epoch, versions_kept=versions_kept)
@@ -145,7 +160,7 @@ class Publisher:
 
     def _publish(self, snapshot: Snapshot) -> None:
         tensors = raw_tensors(snapshot.tensors)
-        base = self._published if self._num_deltas + 1 < self._full_every else None
+        base = self._published if self._frozen or self._num_deltas + 1 < self._full_every else None
 
         def write() -> Manifest:
             return self._store.write(snapshot.version, self._epoch, snapshot.step, tensors, snapshot.probe, base)
@@ -155,7 +170,7 @@ class Publisher:
         self._buffer.clock.publish(manifest, retired)
         self._retention.published(manifest, retired)
         self._num_deltas = self._num_deltas + 1 if manifest.kind == "delta" else 0
-        if self._full_every > 1:
+        if (manifest.kind == "full") if self._frozen else (self._full_every > 1):
             self._published = StagedVersion(manifest, tensors)
         self._collect()
 

@@ -65,7 +65,7 @@ def initialize(policy: nn.Module, learner: LearnerSettings, device: torch.device
     buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
     engine, *_ = deepspeed.initialize(
         model=policy,
-        optimizer=adamw(policy.parameters(), learner),
+        optimizer=adamw([p for p in policy.parameters() if p.requires_grad], learner),
         config=deepspeed_config(learner),
         dist_init_required=False,
     )

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from buffer.adapter import SUFFIX_A, merge
 from buffer.store import RawTensor
 
 RAW_DTYPES = {
@@ -74,11 +75,23 @@ def raw_tensors(tensors: dict[str, Tensor]) -> list[RawTensor]:
     ]
 
 
+def merged_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that published tensors stand for, as actors compute them; the same where nothing is adapted."""
+    if not any(name.endswith(SUFFIX_A) for name in tensors):
+        return tensors
+    dtypes = {name: dtype for dtype, name in RAW_DTYPES.items()}
+    return {
+        raw.name: torch.frombuffer(raw.data, dtype=dtypes[raw.dtype]).reshape(raw.shape)
+        for raw in merge(raw_tensors(tensors))
+    }
+
+
 def write_model_directory(tensors: dict[str, Tensor], skeleton: Path, directory: Path) -> None:
     """Write a complete Hugging Face model: `tensors`, with config, tokenizer and the rest copied from `skeleton`.
 
-    An existing `directory` is replaced only once the new one is complete.
+    Adapters are merged. An existing `directory` is replaced only once the new one is complete.
     """
+    tensors = merged_tensors(tensors)
     fresh = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(skeleton, fresh, ignore=lambda _, names: [n for n in names if n.endswith(WEIGHT_SUFFIXES)])

@@ -49,6 +49,17 @@ class ToySettings(Section):
         return self
 
 
+class LoraSettings(Section):
+    """Train and publish a low-rank adapter of each linear layer instead of the weights (LoRA)."""
+
+    rank: PositiveInt = 16
+    """Rank of every adapter."""
+    alpha: float = Field(default=32.0, gt=0)
+    """An adapter's product is multiplied by `alpha / rank` before it is added to the weight."""
+    target_modules: list[str] | None = None
+    """Names of the linear layers to adapt, such as `["q_proj", "v_proj"]`; default all but the output head."""
+
+
 class ModelSettings(Section):
     path: str | None = None
     """Directory of a Hugging Face model with its tokenizer. Exactly one of `path` and `[model.toy]` is given."""
@@ -56,6 +67,8 @@ class ModelSettings(Section):
     """Build a small model instead of loading one."""
     reference: str | None = None
     """Directory of the model that `objective.kl_coefficient` measures from; default the run's initial model."""
+    lora: LoraSettings | None = None
+    """Train an adapter instead of the weights; without this table all weights are trained."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number format of the weights that are published and served."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -266,6 +279,14 @@ class Settings(Section):
     def _reference(self) -> Self:
         if self.model.reference is not None and self.objective.kl_coefficient == 0:
             raise ValueError("model.reference is used by nothing while objective.kl_coefficient is 0")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Self:
+        if self.model.lora is not None and self.learner.zero_stage == 3:
+            raise ValueError("learner.zero_stage = 3 does not go with model.lora; take 2, adapters are small")
+        if self.model.lora is not None and self.weights.delta == "never":
+            raise ValueError('weights.delta = "never" would publish the frozen weights of model.lora every time')
         return self
 
     @field_validator("objective", mode="before")

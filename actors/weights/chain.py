@@ -1,6 +1,7 @@
 """From the version in memory, or from a full one, to the newest: which payloads to read, and what if one is bad.
 
     held ── delta ── delta ── newest        as long as nobody overtook the chain that the held version is in
+    frozen ── adapters of the newest        with LoRA, where every version builds on the full one of its epoch
     full ── delta ── delta ── newest        a late joiner, or after a damaged or missing link
     newest full that can be read            after a damaged link behind it: the old version would be older still
 
@@ -11,6 +12,7 @@ version, whole. A store that does not answer is no reason for another way: all o
 import logging
 from collections.abc import Iterator
 
+from buffer.adapter import holds_adapters
 from buffer.clock import PolicyClock
 from buffer.payloads import Deadline, StagedVersion
 from buffer.store import WeightStore
@@ -25,11 +27,13 @@ class ChainReader:
 
     Attributes:
         held: the last version read.
+        frozen: the full version that adapters were last read for; they share its tensors, so it costs no memory.
         num_fallbacks: fetches that did not get to their version by the shortest way.
     """
 
     def __init__(self, clock: PolicyClock, store: WeightStore, held: StagedVersion | None = None) -> None:
         self.held = held
+        self.frozen: StagedVersion | None = None
         self.num_fallbacks = 0
         self._clock = clock
         self._store = store
@@ -63,8 +67,9 @@ class ChainReader:
     def _routes(self, target: Manifest) -> Iterator[tuple[StagedVersion | None, list[Manifest]]]:
         """Where to start and what to read from there, the best way first."""
         tried: set[int] = set()
-        for start in [self.held, None] if self.held is not None else [None]:
-            links = self._links(target, start)
+        starts = [start for start in (self.held, self.frozen) if start is not None]
+        routes = [(start, self._links(target, start)) for start in (*starts, None)]
+        for start, links in sorted(routes, key=lambda route: len(route[1])):
             if links[0].version not in tried:
                 tried.add(links[0].version)
                 yield start, links
@@ -99,7 +104,8 @@ class ChainReader:
             if manifest.base is not None and manifest.base != _version(version):
                 return version, WeightsDamagedError(f"version {manifest.base} has no manifest any more")
             try:
-                version = StagedVersion(manifest, self._store.read(manifest, version, deadline))
+                base, version = version, StagedVersion(manifest, self._store.read(manifest, version, deadline))
+                self.frozen = base if manifest.base is not None and holds_adapters(manifest) else None
             except WeightsDamagedError as error:
                 return version, error
         return version, None

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 
 from actors.weights.chain import ChainReader
+from buffer.adapter import merge
 from buffer.clock import PolicyClock
 from buffer.payloads import Deadline, StagedVersion
 from buffer.store import WeightStore
@@ -77,8 +78,9 @@ class WeightFollower:
                 staged = self._fetch(manifest)
                 if staged is None:
                     return
+                served = StagedVersion(staged.manifest, merge(staged.tensors))
                 fetched = staged.manifest.version
-                self._deliver(staged)
+                self._deliver(served)
                 if fetched < manifest.version:
                     raise WeightStoreError(f"version {manifest.version} is damaged, version {fetched} is taken instead")
                 backoff = FIRST_BACKOFF_SECONDS

@@ -41,7 +41,7 @@ def test_later_layers_win_and_origins_say_so(tmp_path: Path) -> None:
 def test_every_setting_has_a_row_with_origin_and_meaning(tmp_path: Path) -> None:
     shown: set[str] = set()
     for objective in [*OBJECTIVES, "mine:f"]:
-        rows = resolve(recipe(tmp_path), [f"objective.name={objective}"], {}).rows()
+        rows = resolve(recipe(tmp_path), [f"objective.name={objective}", "model.lora.rank=8"], {}).rows()
         shown |= {row.key for row in rows}
         assert all(row.doc for row in rows)
     assert set(all_keys()) <= shown
