@@ -91,7 +91,7 @@ def run_actor(
                 settings, incarnation, links, lambda: VllmEngine(settings, skeleton, next(seeds)), task, tokenizer
             )
             follower = WeightFollower(
-                buffer.clock, store, links.inbox.put, lambda error: links.inbox.put(LinkFailed(error))
+                buffer.clock, store, rollout.deliver, lambda error: links.inbox.put(LinkFailed(error))
             )
             follower.start()
             try:

@@ -54,7 +54,7 @@ class LinkFailed:
 
 
 class Links:
-    """Owns the four threads. `inbox` also takes what others deliver to the loop (staged weight versions)."""
+    """Owns the four threads. `inbox` also takes what others tell the loop (a fetched version, a failed follower)."""
 
     def __init__(self, buffer: Buffer, name: str, lease_seconds: float, status: Callable[[], ActorStatus]) -> None:
         self.inbox: queue.Queue[object] = queue.Queue()

@@ -12,6 +12,7 @@ import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,6 +43,11 @@ class _Generating:
     started: float
 
 
+@dataclass(frozen=True, slots=True)
+class _VersionFetched:
+    """There is something in `Rollout._fetched`."""
+
+
 class Rollout:
     """The loop of one actor around one engine at a time."""
 
@@ -66,6 +72,7 @@ class Rollout:
         self._gate = VersionGate(build_engine, settings.parity_tolerance, drains=drains)
         self._task = task
         self._tokenizer = tokenizer
+        self._fetched: deque[StagedVersion] = deque(maxlen=1)  # newest wins, also while an engine is being replaced
         self._active: dict[str, _Generating] = {}
         self._held_back: list[Group] = []
         self._run_state = "running"
@@ -88,6 +95,11 @@ class Rollout:
             while not self._gate.update(idle=not self._active):
                 self._abandon()
             self._ask()
+
+    def deliver(self, staged: StagedVersion) -> None:
+        """Take a fetched version; any thread may call. One that has not been taken up yet is dropped for it."""
+        self._fetched.append(staged)
+        self._links.inbox.put(_VersionFetched())
 
     def close(self) -> None:
         """Free the engine."""
@@ -156,8 +168,9 @@ class Rollout:
             case TicketsTaken(tickets):
                 for ticket in tickets:
                     self._begin(ticket)
-            case StagedVersion():
-                self._gate.offer(message)
+            case _VersionFetched():
+                if self._fetched:
+                    self._gate.offer(self._fetched.popleft())
             case LeasesLost(tickets):
                 lost = set(tickets)
                 self._drop([r for r, work in self._active.items() if work.ticket in lost])

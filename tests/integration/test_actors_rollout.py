@@ -57,7 +57,7 @@ class Actor:
         self.links = Links(buffer, "actor-x", self.settings.buffer.lease_seconds, lambda: self.rollout.status())
         self.rollout = Rollout(self.settings, "actor-x", self.links, lambda: engines.pop(0), task, CharacterTokenizer())  # type: ignore[arg-type]
         self.follower = WeightFollower(
-            buffer.clock, store, self.links.inbox.put, lambda error: self.links.inbox.put(LinkFailed(error))
+            buffer.clock, store, self.rollout.deliver, lambda error: self.links.inbox.put(LinkFailed(error))
         )
         self.thread = threading.Thread(target=self._run)
 
