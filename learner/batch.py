@@ -143,7 +143,7 @@ def build_step_batch(
         group_of=group_of,
         advantages=advantages,
         num_tokens=sum(int(micro.mask.sum()) for micro in loud + quiet),
-        padding_share=1 - float(plan.cost(lengths).sum()) / computed,
+        padding_share=max(0.0, 1 - float(plan.cost(lengths).sum()) / computed),
     )
 
 
