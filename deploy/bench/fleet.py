@@ -20,7 +20,8 @@ from protocol.trajectory import Completion, Group, Ticket, VersionSpan
 
 COMPLETIONS, TOKENS = 8, 64
 LEASE_SECONDS = 60.0
-HEARTBEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 10.0
+"""Less than the 15 seconds after which a learner takes an actor for dead."""
 WAIT_SECONDS = 30.0
 SUBMIT_SECONDS = 60.0
 START_SECONDS = 60.0
@@ -144,11 +145,12 @@ async def _fleet(job: FleetJob, pipe: "Connection", recording: Event, stopped: E
 
 
 async def _actor(job: FleetJob, buffer: AsyncBuffer, recording: Event, latencies: Latencies) -> None:
-    """Tickets, a pause for each that stands for generation, groups; for ever."""
+    """The newest version, a ticket, a pause that stands for generation, a group; for ever."""
     name = f"{os.getpid()}-{id(buffer)}"
     await asyncio.sleep(random.uniform(0, job.generation_seconds))
-    version, beat = await _version(buffer), 0.0
+    beat = 0.0
     while True:
+        version = await _version(buffer)
         if time.monotonic() - beat > HEARTBEAT_SECONDS:
             beat = time.monotonic()
             await buffer.actors.heartbeat(name, ActorStatus(state="serving", pid=os.getpid(), host="bench"))
@@ -158,7 +160,6 @@ async def _actor(job: FleetJob, buffer: AsyncBuffer, recording: Event, latencies
             latencies.issue.append(time.monotonic() - started)
         if not issued.tickets:
             await buffer.tickets.wait(issued.cursor, WAIT_SECONDS)
-            version = await _version(buffer)
             continue
         await asyncio.sleep(job.generation_seconds)
         group = make_group(issued.tickets[0], version)
