@@ -129,6 +129,21 @@ def test_a_run_learns_although_its_actor_is_killed(run: Run) -> None:
     assert "<svg" in (run.directory / "report.html").read_text()
 
 
+def test_adapters_learn_and_only_they_are_published(run: Run) -> None:
+    process = run.start("run", RECIPE, "run.steps=30", "model.lora.rank=8", "learner.learning_rate=4e-3")
+    run.finish(process)
+    check_exactly_once(run, 30)
+    summary = run.summary
+    assert summary["reward_last"] >= summary["reward_first"] + 0.2
+    assert summary["parity_max"] < 1e-4
+    sizes = {path.name: path.stat().st_size for path in (run.directory / "weights").glob("v*")}
+    full = [name for name in sizes if name.endswith(".safetensors")]
+    assert full == ["v00000000-e1.safetensors"]
+    assert len(sizes) > 4
+    assert max(size for name, size in sizes.items() if name not in full) < sizes[full[0]] / 5
+    assert (run.directory / "model" / "model.safetensors").stat().st_size < sizes[full[0]]  # merged
+
+
 def test_killed_altogether_it_resumes_and_trains_every_group_once(run: Run) -> None:
     process = run.start("run", RECIPE, "run.steps=60")
     run.wait_for_step(28, process)
