@@ -13,5 +13,10 @@ that exercises every path, which the tests do. Say where a measurement stands by
 output meanwhile ends on standard error. Heavy imports belong into functions.
 """
 
-BENCHES = {"buffer": "deploy.bench.buffer", "loss": "deploy.bench.loss", "scale": "deploy.bench.scale"}
+BENCHES = {
+    "buffer": "deploy.bench.buffer",
+    "loss": "deploy.bench.loss",
+    "scale": "deploy.bench.scale",
+    "weights": "deploy.bench.weights",
+}
 """Benches and their modules, in the order of `vespo bench all`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from deploy.environment import PACKAGES
 
-ALSO_MATTER = ("hiredis", "msgpack", "xxhash", "safetensors", "trl")
+ALSO_MATTER = ("hiredis", "msgpack", "xxhash", "zstandard", "safetensors", "trl")
 """Packages beside a run's own that change figures, or that figures are compared with."""
 
 
