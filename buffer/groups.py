@@ -21,6 +21,8 @@ from protocol.codec import decode_group
 from protocol.errors import CodecError
 from protocol.trajectory import Group, Ticket
 
+LINGER_SECONDS = 0.002
+"""Pause between the first group that ends a wait and leasing it: those right behind it come along in one go."""
 FETCH_BYTES = 1 << 19
 """Payloads read in one reply: a client that gets many megabytes at once spends its time copying."""
 log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Groups:
         self._reader = (0, "0-0")  # the epoch that leases here, and the last entry it has seen
         self._held: dict[int, str] = {}  # index of each ticket in the learner's hands → its stream entry
         self._server = b""  # process that answered last
+        self._cursor = ""  # of the events, where the last lease found fewer groups than it might have taken
 
     def submit(self, group: Group, timeout_seconds: float) -> bool:
         """Deliver the group of a lease, waiting while the buffer or the server's memory is full.
@@ -109,21 +112,27 @@ class Groups:
         if count < 1:
             raise ValueError(f"count is {count}; lease at least one group")
         if self._reader[0] != epoch:
-            self._reader = (epoch, "0-0")
+            self._reader, self._cursor = (epoch, "0-0"), ""
             self._held.clear()
         deadline = time.monotonic() + timeout_seconds
         while True:
-            server, cursor, *entries = self._scripts.run("lease", epoch, self._reader[1], count)
-            if self._server not in (server, b""):
-                log.warning("Redis at %s was restarted; repeating what it may have lost", describe(self._client))
-                self._scripts.repeat_recent()
-            self._server = server
-            leased = self._fetch(epoch, [_Entry.parse(entry) for entry in entries])
-            remaining = deadline - time.monotonic()
-            if leased or (remaining <= 0 and not entries):
+            if self._cursor and (remaining := deadline - time.monotonic()) > LINGER_SECONDS:
+                self._events.wait(self._cursor, remaining, stream=self._keys.groups, after=self._reader[1])
+                time.sleep(LINGER_SECONDS)
+            cursor, entries = self._take(epoch, count)
+            self._cursor = cursor if len(entries) < count else ""
+            leased = self._fetch(epoch, entries)
+            if leased or (not entries and time.monotonic() >= deadline):
                 return leased
-            if not entries:
-                self._events.wait(cursor.decode(), remaining, stream=self._keys.groups, after=self._reader[1])
+
+    def _take(self, epoch: int, count: int) -> "tuple[str, list[_Entry]]":
+        """Position in the events, and up to `count` entries of the stream that are leased now."""
+        server, cursor, *entries = self._scripts.run("lease", epoch, self._reader[1], count)
+        if self._server not in (server, b""):
+            log.warning("Redis at %s was restarted; repeating what it may have lost", describe(self._client))
+            self._scripts.repeat_recent()
+        self._server = server
+        return cursor.decode(), [_Entry.parse(entry) for entry in entries]
 
     def _fetch(self, epoch: int, entries: "list[_Entry]") -> list[LeasedGroup]:
         # a server that lost its last second delivers again what this reader already has
